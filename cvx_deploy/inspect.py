@@ -1,0 +1,41 @@
+"""A bundle in words."""
+
+from collections.abc import Iterator
+
+from cvx_deploy.bundle import Bundle, TensorSpec
+
+
+def describe(bundle: Bundle) -> str:
+    """Return what a bundle holds, for a person to read."""
+    return "\n".join(_lines(bundle))
+
+
+def _lines(bundle: Bundle) -> Iterator[str]:
+    manifest = bundle.manifest
+    traits = manifest.traits
+    yield f"{manifest.model}: {traits.task}, {traits.positions} positions, {manifest.shape} at {manifest.fps} fps"
+    scheduler = manifest.scheduler["kind"]
+    yield f"computes in {manifest.precision}; scheduler {scheduler}; {manifest.text_length} text tokens"
+    for name, network in manifest.networks.items():
+        yield f"\n{name}  {network.file.path}  {_size(network.file.size)}"
+        yield from (f"  in   {_tensor(spec)}" for spec in network.inputs if spec.name not in network.state)
+        yield from (f"  out  {_tensor(spec)}" for spec in network.outputs if spec.name not in network.state.values())
+        if network.state:
+            yield f"  and {len(network.state)} causal caches, handed from one chunk to the next"
+    yield "\nweights"
+    for name, entry in manifest.weights.items():
+        place = "in the bundle" if entry.in_bundle else f"in {manifest.checkpoint}"
+        yield f"  {name}  {_size(entry.size)}  {place}  sha256 {entry.sha256[:12]}"
+    yield "\nmade with " + ", ".join(f"{tool} {version}" for tool, version in manifest.provenance.items())
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.name}  {spec.dtype}  {spec.layout} ({', '.join(map(str, spec.shape))})"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

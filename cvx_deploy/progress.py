@@ -1,0 +1,55 @@
+"""How long work shows itself: a task with a bar on a terminal, nothing when quiet. Always on stderr."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """What long work reports to."""
+
+    def task(self, description: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Show a task until the block ends; call the yielded function with every amount done."""
+
+    def note(self, text: str) -> None:
+        """Tell the user something worth knowing."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """Run the block."""
+        yield lambda _: None
+
+    def note(self, text: str) -> None:
+        """Drop the note."""
+
+
+class RichProgress:
+    """Bars and notes on stderr, through rich; without a terminal, notes only."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """Show a bar (a spinner when `total` is unknown) that stays on screen with its time when done."""
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as TimeRemaining
+
+        columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemaining(), console=self._console) as bars:
+            bar = bars.add_task(description, total=total)
+            yield lambda amount: bars.advance(bar, amount)
+            bars.update(bar, total=total or 1, completed=total or 1)
+
+    def note(self, text: str) -> None:
+        """Print the note as it is, without markup."""
+        self._console.print(text, markup=False, highlight=False)

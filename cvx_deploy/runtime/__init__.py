@@ -1,0 +1,1 @@
+"""Bundles in, videos out: NumPy on the host, a network engine behind one seam, no PyTorch."""

@@ -1,0 +1,91 @@
+"""Gaussian noise that equals torch's CPU generator, draw for draw, without torch.
+
+A seed then starts the same video here and in diffusers. Followed are torch's two float32 kernels, both fed by one
+Mersenne Twister: ``ATen/native/cpu/DistributionTemplates.h`` for 16 values and more, and below that
+``ATen/core/DistributionsHelper.h``. On x86 torch takes the AVX2 variant of the first kernel, and this module agrees
+with it to 5e-7; the variant for other machines rounds its angles otherwise, and the two differ by up to 3e-6.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvx_deploy.errors import CvxError
+
+_BLOCK = 16  # the vector kernel turns 16 uniforms into 16 normals, and takes over at this size
+_HALF = _BLOCK // 2
+_CHUNK = 2**16 * _BLOCK  # values worked on at a time: bounds the float64 temporaries to some tens of MB
+_TWO_PI = np.float32(2 * math.pi)
+_MIN_SEED, _MAX_SEED = -(2**63), 2**64 - 1
+
+
+class Generator:
+    """A seeded stream of standard normal values, equal to ``torch.Generator("cpu")`` with that seed.
+
+    Args:
+        seed: What ``torch.Generator.manual_seed`` takes: an int from -2**63 to 2**64 - 1. As in torch, only its low 32
+            bits matter.
+
+    Raises:
+        CvxError: The seed is not such an int.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not _MIN_SEED <= seed <= _MAX_SEED:
+            raise CvxError(f"seed {seed!r} is not an integer of 64 bits", fix="use one from 0 to 4294967295")
+        self._words = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._spare: float | None = None  # the scalar path makes two values at a time and keeps one, as torch does
+
+    def randn(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Draw standard normal values of `shape`: ``torch.randn(shape, generator=...)`` to within 1e-6."""
+        count = math.prod(shape)
+        if count < _BLOCK:
+            values = np.array([self._scalar() for _ in range(count)], dtype=np.float32)
+        else:
+            values = self._vector(count)
+        return values.reshape(shape)
+
+    def _vector(self, count: int) -> NDArray[np.float32]:
+        values = np.empty(count, dtype=np.float32)
+        for start in range(0, count, _CHUNK):
+            uniforms = self._uniforms(min(_CHUNK, count - start))
+            whole = uniforms.size // _BLOCK * _BLOCK
+            values[start : start + whole] = _box_muller(uniforms[:whole])
+        if count % _BLOCK:  # torch drew uniforms for the rest too, then makes the last 16 values anew
+            values[-_BLOCK:] = _box_muller(self._uniforms(_BLOCK))
+        return values
+
+    def _uniforms(self, count: int) -> NDArray[np.float32]:
+        """Draw from [0, 1) in steps of 2**-24: the low 24 bits of one 32-bit word each."""
+        words = np.frombuffer(self._words.bytes(4 * count), dtype="<u4")
+        return (words & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
+
+    def _scalar(self) -> float:
+        if self._spare is not None:
+            value, self._spare = self._spare, None
+            return value
+        turn, shrink = self._double(), self._double()
+        radius = math.sqrt(-2 * math.log1p(-shrink))
+        self._spare = radius * math.sin(2 * math.pi * turn)
+        return radius * math.cos(2 * math.pi * turn)
+
+    def _double(self) -> float:
+        """Draw from [0, 1) in steps of 2**-53: the low 53 bits of two words, the first of them the high one."""
+        high, low = np.frombuffer(self._words.bytes(8), dtype="<u4").tolist()
+        return float(((high << 32 | low) & (2**53 - 1)) * 2**-53)
+
+
+def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn uniforms, a multiple of 16 of them, into as many normals, block by block of 16.
+
+    The angle is rounded to float32 as torch rounds it; the rest is done in float64, which lands closer to torch's
+    float32 polynomials than NumPy's float32 functions do, and does not change with the machine as those do.
+    """
+    blocks = uniforms.reshape(-1, 2, _HALF)
+    radius = np.sqrt(-2 * np.log1p(-blocks[:, 0].astype(np.float64)))
+    angle = (_TWO_PI * blocks[:, 1]).astype(np.float64)
+    normals = np.empty_like(blocks)
+    normals[:, 0] = radius * np.cos(angle)
+    normals[:, 1] = radius * np.sin(angle)
+    return normals.reshape(-1)

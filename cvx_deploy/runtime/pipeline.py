@@ -1,0 +1,360 @@
+"""Prompts (and an image, or a video) in, video files out: the whole run, stage by stage.
+
+Each stage loads its networks, works for every video, and lets go of them before the next one loads its own.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvx_deploy.bundle import Manifest
+from cvx_deploy.errors import CvxError, MediaError, OutputError, PromptError, ShapeError
+from cvx_deploy.models import SchedulerKind
+from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.runtime import vae
+from cvx_deploy.runtime.backend import Backend
+from cvx_deploy.runtime.media import load_image, load_video
+from cvx_deploy.runtime.noise import Generator
+from cvx_deploy.runtime.sampler import Conditions, Latents, denoise
+from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
+from cvx_deploy.runtime.tokenizer import Tokenizer
+from cvx_deploy.runtime.video import VideoFormat, check_writable, open_writer
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to make.
+
+    Video k of the run has prompt ``prompts[k // num_videos]`` and seed ``seed + k``, so that it can be made alone
+    again.
+
+    Attributes:
+        prompts: One or more.
+        output: A file (.mp4, .webm, .gif, .npy), or a folder for PNG frames (a string that ends in a slash is one).
+        negative_prompt: What guidance leads away from.
+        image: The first frame, for image-to-video models.
+        video: A clip to start from, for text-to-video models, with `strength` in (0, 1]: how much of it is remade.
+        guidance_scale: At most 1 turns guidance off, and halves the work.
+        dynamic_cfg: Whether the guidance scale changes over the steps, as diffusers' ``use_dynamic_cfg``.
+        scheduler: None for the checkpoint's own.
+        num_videos: Videos a prompt.
+        vae_tiling: Whether the VAE works tile by tile, as diffusers' ``enable_tiling``: less memory, other pixels.
+        save_latents: Where to keep the finished latents, ``.npy``, float32 (videos, F, C, H, W).
+        from_latents: Finished latents to decode; nothing is denoised.
+    """
+
+    prompts: tuple[str, ...]
+    output: Path | str
+    negative_prompt: str = ""
+    image: Path | None = None
+    video: Path | None = None
+    strength: float = 0.8
+    steps: int = 50
+    guidance_scale: float = 6.0
+    dynamic_cfg: bool = False
+    scheduler: SchedulerKind | None = None
+    seed: int = 0
+    num_videos: int = 1
+    vae_tiling: bool = False
+    save_latents: Path | None = None
+    from_latents: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts and self.from_latents is None:
+            raise PromptError("there is no prompt", fix="give at least one with --prompt TEXT")
+        if not 0 < self.strength <= 1:
+            raise CvxError(f"strength {self.strength} is not above 0 and at most 1", fix="use --strength 0.8")
+        if self.num_videos < 1:
+            raise CvxError(f"{self.num_videos} videos a prompt", fix="use --num-videos 1 or more")
+        if self.image is not None and self.video is not None:
+            raise PromptError("both an image and a video are given", fix="give one of --image and --video")
+        if self.save_latents is not None and self.save_latents.suffix != ".npy":
+            raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
+
+
+@dataclass
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        paths: The finished videos.
+        seeds: One a video.
+        stages: Seconds of each stage, in order.
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+
+def run(backend: Backend, request: RunRequest, progress: Progress | None = None) -> RunReport:
+    """Make the videos that `request` asks for.
+
+    Raises:
+        CvxError: Of every kind, each before any hours of work where it can be known then.
+    """
+    progress = progress or SilentProgress()
+    report = RunReport()
+    check_writable(request.output, _video_count(request))
+    if request.save_latents is not None:
+        _check_file_place(request.save_latents)
+    if request.from_latents is not None:
+        latents = _read_latents(request.from_latents, backend.bundle.manifest)
+    else:
+        latents = make_latents(backend, request, progress, report)
+    if request.save_latents is not None:
+        _write_latents(request.save_latents, latents)
+    _decode(backend, request, latents, progress, report)
+    return report
+
+
+def make_latents(backend: Backend, request: RunRequest, progress: Progress, report: RunReport) -> Latents:
+    """Return the finished latents of every video, unpadded: (videos, F, C, H, W)."""
+    manifest = backend.bundle.manifest
+    _check_task(backend, request)
+    report.seeds = [request.seed + index for index in range(len(request.prompts) * request.num_videos)]
+    generators = [Generator(seed) for seed in report.seeds]
+    schedulers = [_scheduler(manifest, request) for _ in generators]
+    source = _source_pixels(manifest, request, progress)
+    with report.stage("text encoder"):
+        prompt_embeds = _prompt_embeds(backend, request, progress)
+    with report.stage("vae encode"):
+        encoded = _encoded(backend, request, source, generators, progress)
+    with report.stage("transformer"):
+        finished = []
+        guided = request.guidance_scale > 1
+        steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
+        with (
+            progress.task("denoise", steps) as advance,
+            backend.load("transformer", {"batch": 2 if guided else 1}) as session,
+        ):
+            for index, generator in enumerate(generators):
+                latents, image_latents = _start(manifest, schedulers[index], generator, encoded[index], request)
+                conditions = Conditions(
+                    prompt_embeds[index // request.num_videos],
+                    request.guidance_scale,
+                    request.dynamic_cfg,
+                    image_latents,
+                    manifest.traits.ofs,
+                )
+                for step in denoise(backend, session, schedulers[index], latents, conditions, generator):
+                    latents = step.latents
+                    advance(1)
+                finished.append(latents[:, _padding(manifest) :])
+    return np.concatenate(finished)
+
+
+def _video_count(request: RunRequest) -> int:
+    if request.from_latents is None:
+        return len(request.prompts) * request.num_videos
+    return len(_latents_header(request.from_latents))
+
+
+def _check_task(backend: Backend, request: RunRequest) -> None:
+    """Refuse an image or a video that this model, or this bundle, cannot take, and the lack of one it needs."""
+    manifest = backend.bundle.manifest
+    wants_image = manifest.traits.task == "image-to-video"
+    if wants_image and request.image is None:
+        raise PromptError(f"{manifest.model} makes videos from an image, and none is given", fix="add --image FILE")
+    if not wants_image and request.image is not None:
+        raise PromptError(
+            f"{manifest.model} is a text-to-video model and takes no image",
+            fix="use an image-to-video model (5b-i2v, 1.5-5b-i2v), or leave --image out",
+        )
+    if wants_image and request.video is not None:
+        raise PromptError(
+            f"{manifest.model} starts from an image, not a video", fix="use a text-to-video model, or --image FILE"
+        )
+    if request.video is not None and "vae_encoder" not in manifest.networks:
+        raise ShapeError(
+            f"video-to-video cannot be done at {manifest.shape.frames} frames: {manifest.model} needs "
+            "an even number of latent frames there",
+            fix=f"export with --frames {manifest.shape.frames // 8 * 8}",
+        )
+
+
+def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
+    kind = request.scheduler or manifest.scheduler["kind"]
+    config = SchedulerConfig.from_config({**manifest.scheduler["config"], "_class_name": _SCHEDULER_CLASSES[kind]})
+    start = 0
+    if request.video is not None:
+        start = max(request.steps - min(int(request.steps * request.strength), request.steps), 0)
+    return make_scheduler(kind, config, request.steps, start)
+
+
+_SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+
+
+def _source_pixels(manifest: Manifest, request: RunRequest, progress: Progress) -> vae.Clip | None:
+    shape = manifest.shape
+    if request.image is not None:
+        return load_image(request.image, shape.height, shape.width)
+    if request.video is None:
+        return None
+    clip = load_video(request.video, shape.frames, shape.height, shape.width)
+    if clip.total_frames is not None and clip.total_frames > shape.frames:
+        progress.note(f"note: {request.video} has {clip.total_frames} frames; the first {shape.frames} are used")
+    return clip.pixels
+
+
+def _prompt_embeds(backend: Backend, request: RunRequest, progress: Progress) -> list[NDArray[np.float32]]:
+    """Return for every prompt (1, S, D), or with guidance (2, S, D), negative first; each text is run once."""
+    bundle = backend.bundle
+    tokenizer = Tokenizer(bundle.inside(bundle.manifest.tokenizer.path), bundle.manifest.text_length)
+    guided = request.guidance_scale > 1
+    texts = dict.fromkeys((*((request.negative_prompt,) if guided else ()), *request.prompts))
+    embeds: dict[str, NDArray[np.float32]] = {}
+    with (
+        progress.task("encode prompts", len(texts)) as advance,
+        backend.load("text_encoder", {"batch": 1}) as session,
+    ):
+        for text in texts:
+            tokens = tokenizer.encode(text)
+            if tokens.cut:
+                progress.note(
+                    f"warning: the prompt is longer than {tokenizer.max_length} tokens; this part was cut: {tokens.cut}"
+                )
+            embeds[text] = backend.to_host(session.run({"input_ids": tokens.ids})["prompt_embeds"])
+            advance(1)
+    negative = [embeds[request.negative_prompt]] if guided else []
+    return [np.concatenate([*negative, embeds[prompt]]) for prompt in request.prompts]
+
+
+def _encoded(
+    backend: Backend,
+    request: RunRequest,
+    pixels: vae.Clip | None,
+    generators: list[Generator],
+    progress: Progress,
+) -> list[Latents | None]:
+    """Return for every video the latents of the image or clip it starts from, (1, f, C, H, W), unscaled."""
+    if pixels is None:
+        return [None] * len(generators)
+    half = vae.encoder(backend.bundle.manifest.vae)
+    chunks = vae.count_chunks(backend, half, pixels.shape[2])
+    if request.vae_tiling:
+        chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
+    encoded: list[Latents | None] = []
+    with progress.task("encode " + ("image" if request.image else "video"), chunks * len(generators)) as advance:
+        for generator in generators:
+            latents = vae.encode(backend, pixels, generator, tiled=request.vae_tiling, advance=advance)
+            encoded.append(latents.transpose(0, 2, 1, 3, 4))
+    return encoded
+
+
+def _start(
+    manifest: Manifest, scheduler: Scheduler, generator: Generator, encoded: Latents | None, request: RunRequest
+) -> tuple[Latents, Latents | None]:
+    """Return the latents that denoising starts from, and the image latents that go along with them."""
+    scale = np.float32(manifest.vae.scaling_factor)
+    shape = _latent_shape(manifest)
+    if encoded is None:
+        return generator.randn(shape), None
+    if request.video is not None:
+        return scheduler.add_noise(scale * encoded, generator.randn(shape), scheduler.start), None
+    image_latents = np.zeros(shape, np.float32)
+    # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
+    image_latents[:, :1] = encoded * (1 / scale if manifest.vae.invert_scale_latents else scale)
+    return generator.randn(shape), image_latents
+
+
+def _latent_shape(manifest: Manifest) -> tuple[int, int, int, int, int]:
+    """Return the transformer's latents (B, F, C, H, W), padding frames included."""
+    vae_facts, shape = manifest.vae, manifest.shape
+    frames = -(-shape.frames // vae_facts.temporal) + _padding(manifest)
+    return (
+        1,
+        frames,
+        vae_facts.latent_channels,
+        shape.height // vae_facts.spatial,
+        shape.width // vae_facts.spatial,
+    )
+
+
+def _padding(manifest: Manifest) -> int:
+    """Return how many latent frames 1.5 adds in front, so that its temporal patches divide them."""
+    frames = -(-manifest.shape.frames // manifest.vae.temporal)
+    return -frames % (manifest.traits.patch_size_t or 1)
+
+
+def _decode(backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport) -> None:
+    manifest = backend.bundle.manifest
+    video = VideoFormat(
+        manifest.shape.frames, manifest.shape.height, manifest.shape.width, manifest.fps, videos=len(latents)
+    )
+    chunks = vae.count_chunks(backend, vae.DECODER, latents.shape[1]) * len(latents)
+    if request.vae_tiling:
+        chunks *= vae.count_tiles(backend, vae.DECODER, *latents.shape[3:])
+    with open_writer(request.output, video) as writer, progress.task("decode", chunks) as advance:
+        for clip in latents:
+            # diffusers computes 1 / scale in double and multiplies
+            unscaled = np.float32(1 / manifest.vae.scaling_factor) * clip[None].transpose(0, 2, 1, 3, 4)
+            pieces = vae.decode(backend, unscaled, tiled=request.vae_tiling, advance=advance)
+            while True:
+                with report.stage("vae decode"):
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                with report.stage("write video"):
+                    writer.write(_frames(piece))
+    report.paths = list(writer.paths)
+
+
+def _frames(piece: vae.Clip) -> NDArray[np.float32]:
+    """Turn pixels (1, 3, n, H, W) in about [-1, 1] into frames (n, H, W, 3) in [0, 1]."""
+    frames: NDArray[np.float32] = np.clip(piece[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
+    return frames
+
+
+def _check_file_place(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written", fix="name a file in a folder that exists")
+
+
+def _write_latents(path: Path, latents: Latents) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, latents)
+        temporary.rename(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", fix="choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _latents_header(path: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise MediaError(f"{path} holds no latents: {error}", fix="use a file that --save-latents wrote") from error
+    return array
+
+
+def _read_latents(path: Path, manifest: Manifest) -> Latents:
+    array = _latents_header(path)
+    _, padded, *rest = _latent_shape(manifest)
+    expected = (padded - _padding(manifest), *rest)
+    if array.dtype != np.float32 or array.shape[1:] != expected or not len(array):
+        raise ShapeError(
+            f"{path} holds {array.dtype} of shape {array.shape}, not float32 (videos, {', '.join(map(str, expected))})",
+            fix="use latents made with a bundle of this shape",
+        )
+    if not np.isfinite(array).all():
+        raise MediaError(f"{path} holds values that are not finite numbers", fix="make the latents again")
+    return np.array(array)

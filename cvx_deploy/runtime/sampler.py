@@ -1,0 +1,97 @@
+"""The denoising loop, as a generator over steps: timing, previews and parity look on without flags."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvx_deploy.errors import EngineError
+from cvx_deploy.runtime.backend import Backend, Session
+from cvx_deploy.runtime.noise import Generator
+from cvx_deploy.runtime.scheduler import Scheduler, dynamic_guidance_scale
+
+Latents = NDArray[np.float32]  # (B, F, C, H, W) with B = 1
+
+_OFS = 2.0  # the constant that the 1.5 image-to-video pipeline feeds
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What steers one video.
+
+    Attributes:
+        prompt_embeds: (1, S, D) without guidance; (2, S, D) with it, the negative prompt first.
+        guidance_scale: Weight of the prompt against the negative prompt; at most 1 means no guidance.
+        dynamic: Whether the weight follows `dynamic_guidance_scale`.
+        image_latents: (1, F, C, H, W), the scaled first frame and zeros after it, for image-to-video models.
+        ofs: Whether the transformer takes an ``ofs`` input.
+    """
+
+    prompt_embeds: NDArray[np.float32]
+    guidance_scale: float
+    dynamic: bool = False
+    image_latents: Latents | None = None
+    ofs: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step that has been taken: its index in the schedule, its timestep, and the latents after it."""
+
+    index: int
+    timestep: int
+    latents: Latents
+
+
+def denoise(
+    backend: Backend,
+    session: Session,
+    scheduler: Scheduler,
+    latents: Latents,
+    conditions: Conditions,
+    generator: Generator,
+) -> Iterator[Step]:
+    """Yield every step from `latents` to the finished ones.
+
+    Args:
+        backend: Brings predictions to the host.
+        session: The loaded transformer, at the batch size of the prompt embeddings.
+        scheduler: Fresh for this video.
+        latents: Noise, or a noised video where the scheduler starts in the middle.
+        conditions: What steers it.
+        generator: Continues the draws that made `latents`.
+
+    Raises:
+        EngineError: The latents stopped being numbers, which half precision can do.
+    """
+    timesteps = scheduler.timesteps
+    steps = len(timesteps) - scheduler.start
+    for index in range(scheduler.start, len(timesteps)):
+        timestep = int(timesteps[index])
+        prediction = backend.to_host(session.run(_inputs(latents, timestep, conditions))["noise_pred"])
+        if len(prediction) == 2:
+            scale = conditions.guidance_scale
+            if conditions.dynamic:
+                scale = dynamic_guidance_scale(scale, steps, timestep)
+            negative, positive = prediction[:1], prediction[1:]
+            prediction = negative + np.float32(scale) * (positive - negative)
+        latents = scheduler.step(index, prediction, latents, generator)
+        if not np.isfinite(latents).all():
+            raise EngineError(
+                f"the latents stopped being finite numbers at step {index + 1} (timestep {timestep})",
+                fix="export with --precision fp32, or check the checkpoint's weights",
+            )
+        yield Step(index, timestep, latents)
+
+
+def _inputs(latents: Latents, timestep: int, conditions: Conditions) -> dict[str, NDArray[np.generic]]:
+    hidden = latents
+    if conditions.image_latents is not None:
+        hidden = np.concatenate([latents, conditions.image_latents], axis=2)
+    inputs: dict[str, NDArray[np.generic]] = {
+        "hidden_states": np.repeat(hidden, len(conditions.prompt_embeds), axis=0),
+        "encoder_hidden_states": conditions.prompt_embeds,
+        "timestep": np.array([timestep], np.int64),
+    }
+    return inputs | {"ofs": np.array([_OFS], np.float32)} if conditions.ofs else inputs

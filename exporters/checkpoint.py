@@ -1,0 +1,219 @@
+"""A checkpoint in diffusers layout: configs read, weight files mapped by their headers, never loaded.
+
+The safetensors format (https://github.com/huggingface/safetensors#format): eight bytes of header length N, N bytes of
+JSON that give each tensor's dtype, shape and byte range, then the data.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cvx_deploy.bundle import WeightFile
+from cvx_deploy.errors import CheckpointError, WrongModelError
+from cvx_deploy.files import sha256_of
+from cvx_deploy.models import MODELS, Limits, Traits, model_with_traits
+
+PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
+CLASSES = {
+    "transformer": ("CogVideoXTransformer3DModel",),
+    "vae": ("AutoencoderKLCogVideoX",),
+    "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+}
+HASHES = "SHA256SUMS"
+_MAX_HEADER = 100_000_000
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor's bytes lie.
+
+    Attributes:
+        file: The safetensors file, relative to the checkpoint.
+        dtype: The safetensors name of its type, such as BF16.
+        offset: First byte, from the start of the file.
+        nbytes: Length in bytes.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """A CogVideoX checkpoint folder in diffusers layout.
+
+    Raises:
+        CheckpointError: The folder, a config, a shard or a tensor is missing or damaged.
+        WrongModelError: The folder is whole, but another model's.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise CheckpointError(f"there is no checkpoint folder {root}", fix="name one with --checkpoint DIR")
+        self.root = root.absolute()
+        index = self._json("model_index.json")
+        found = index.get("_class_name")
+        if found not in PIPELINES:
+            raise WrongModelError(
+                f"{root} holds a {found}, not a CogVideoX model", fix=f"use a checkpoint of one of {', '.join(MODELS)}"
+            )
+        self.configs = {component: self._config(component) for component in (*CLASSES, "text_encoder")}
+        self.traits = Traits.from_transformer_config(self.configs["transformer"])
+
+    def require_model(self, name: str) -> None:
+        """Raise WrongModelError when `name` is a published model's and this checkpoint has other traits."""
+        model = MODELS.get(name)
+        if model is None or model.traits == self.traits:
+            return
+        actual = model_with_traits(self.traits)
+        told = f"--model {actual.name}" if actual else "--model with a name of your own"
+        raise WrongModelError(
+            f"{self.root} is {'a ' + actual.name if actual else 'not a ' + name} checkpoint, asked for {name}",
+            fix=f"use {told}",
+        )
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What shapes this checkpoint can do."""
+        transformer, vae = self.configs["transformer"], self.configs["vae"]
+        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+        return Limits(
+            spatial=spatial * int(transformer["patch_size"]),
+            temporal=int(vae["temporal_compression_ratio"]),
+            sample_height=spatial * int(transformer["sample_height"]),
+            sample_width=spatial * int(transformer["sample_width"]),
+            fixed_size=self.traits.positions == "rope+learned",
+            table_size=self.traits.patch_size_t is not None,
+        )
+
+    def tensors(self, component: str) -> dict[str, StoredTensor]:
+        """Return every tensor of a component by name, from the headers of its safetensors files alone."""
+        found: dict[str, StoredTensor] = {}
+        for file in self._shards(component):
+            found.update(_read_header(self.root, file))
+        return found
+
+    def weight_file(self, file: str, progress: Callable[[int], None] | None = None) -> WeightFile:
+        """Return a weight file's entry for the manifest.
+
+        A hash that the checkpoint carries (``SHA256SUMS``) is trusted when it is younger than the file; else the file
+        is hashed, and must agree with the carried one.
+        """
+        path = self.root / file
+        stat = path.stat()
+        carried = self._carried_hashes.get(file)
+        if carried is None or stat.st_mtime_ns > (self.root / HASHES).stat().st_mtime_ns:
+            digest = sha256_of(path, progress)
+            if carried not in (None, digest):
+                raise CheckpointError(
+                    f"{path} was altered: its SHA-256 is not the one in {HASHES}",
+                    fix=f"fetch the file again, or remove {self.root / HASHES} if the change was meant",
+                )
+            carried = digest
+        return WeightFile(file, stat.st_size, carried, stat.st_mtime_ns, in_bundle=False)
+
+    @cached_property
+    def _carried_hashes(self) -> dict[str, str]:
+        path = self.root / HASHES
+        if not path.is_file():
+            return {}
+        lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
+        return {name.lstrip("*").strip(): digest for digest, name in lines}
+
+    def _json(self, relative: str) -> dict[str, Any]:
+        path = self.root / relative
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", fix="use a checkpoint in diffusers layout, whole")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path} is not readable JSON: {error}", fix="fetch the file again") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds no JSON object", fix="fetch the file again")
+        return content
+
+    def _config(self, component: str) -> dict[str, Any]:
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        config = self._json(f"{component}/{name}")
+        classes = CLASSES.get(component)
+        if classes and config.get("_class_name") not in classes:
+            raise WrongModelError(
+                f"{self.root / component / name} describes a {config.get('_class_name')}, not a {' or '.join(classes)}",
+                fix="use a CogVideoX checkpoint",
+            )
+        if component == "text_encoder" and config.get("model_type") != "t5":
+            raise WrongModelError(
+                f"{self.root / component / name} describes a {config.get('model_type')}, not a t5 encoder",
+                fix="use a CogVideoX checkpoint",
+            )
+        return config
+
+    def _shards(self, component: str) -> list[str]:
+        """Return the safetensors files of a component, relative to the checkpoint, in order."""
+        stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+        folder = self.root / component
+        if (folder / f"{stem}.safetensors.index.json").is_file():
+            weight_map = self._json(f"{component}/{stem}.safetensors.index.json").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"the index of {folder} has no weight_map", fix="fetch the index file again")
+            names = sorted({str(name) for name in weight_map.values()})
+        else:
+            names = [f"{stem}.safetensors"]
+        for name in names:
+            if "/" in name or name in ("", ".", ".."):
+                raise CheckpointError(
+                    f"the index of {folder} names {name!r}, outside it", fix="do not use this checkpoint"
+                )
+            if not (folder / name).is_file():
+                raise _missing_shard(folder, name)
+        return [f"{component}/{name}" for name in names]
+
+
+def _missing_shard(folder: Path, name: str) -> CheckpointError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return CheckpointError(
+            f"{folder} has only pickled weights ({pickles[0]}), which are never loaded: a pickle can run any code",
+            fix="convert them to safetensors where they are trusted (save_pretrained), or fetch safetensors files",
+        )
+    return CheckpointError(f"the weight file {folder / name} is missing", fix="fetch the file again")
+
+
+def _read_header(root: Path, file: str) -> dict[str, StoredTensor]:
+    path = root / file
+    damaged = CheckpointError(f"{path} is truncated or damaged: its header makes no sense", fix="fetch the file again")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise damaged
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _stored_tensor(file, 8 + length, entry) for name, entry in header.items()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", fix="check the file's permissions") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, its header speaks of {end:,}: truncated or altered", fix="fetch the file again"
+        )
+    return tensors
+
+
+def _stored_tensor(file: str, start: int, entry: dict[str, Any]) -> StoredTensor:
+    first, last = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(size) for size in entry["shape"])
+    if first < 0 or last - first != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:
+        raise ValueError("a tensor's byte range is not its shape's")
+    return StoredTensor(file, str(entry["dtype"]), shape, start + first, last - first)
