@@ -5,15 +5,17 @@ the checkpoint it was exported from. ONNX files name their weights by that table
 """
 
 import os
+import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 
 from cvx_deploy.errors import BundleError
 from cvx_deploy.files import sha256_of
-from cvx_deploy.models import Shape, Traits
+from cvx_deploy.models import SchedulerKind, Shape, Traits
 from cvx_deploy.progress import Progress
 
 MANIFEST = "bundle.json"
@@ -21,6 +23,9 @@ SCHEMA_VERSION = 1
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DType = Literal["float32", "float16", "int64"]
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+_AGAIN = "export the bundle again; run: cvx-deploy export --help"
+_SYMBOL = re.compile(r"([1-9]\d*\*)?[a-z_]+")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if len(self.layout) != len(self.shape):
             raise ValueError(f"layout {self.layout} does not name the {len(self.shape)} axes of {self.name}")
+        for size in self.shape:
+            if size < 1 if isinstance(size, int) else not _SYMBOL.fullmatch(size):
+                raise ValueError(f"{self.name} has an axis of size {size}")
 
     def resolve(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the shape in numbers; `sizes` gives the symbols, and a symbol ``8*x`` is eight times ``x``."""
@@ -51,6 +59,8 @@ class TensorSpec:
 def dimension(symbol: str, sizes: dict[str, int]) -> int:
     """Return the value of a symbol: a key of `sizes`, or a whole multiple of one, written ``8*key``."""
     factor, _, name = symbol.rpartition("*")
+    if name not in sizes:
+        raise BundleError(f"the manifest gives an axis the size {symbol}, which means nothing there", fix=_AGAIN)
     return int(factor or 1) * sizes[name]
 
 
@@ -88,10 +98,14 @@ class Network:
     """
 
     file: StoredFile
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
     weights: tuple[str, ...]
     state: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not {spec.name for spec in self.outputs}.issuperset(self.state.values()):
+            raise ValueError("its state names what is not among its outputs")
 
 
 @dataclass(frozen=True)
@@ -107,13 +121,20 @@ class Vae:
         tile_height: Tile size in pixels when tiling is on; `tile_width` likewise.
     """
 
-    scaling_factor: float
+    scaling_factor: Annotated[float, msgspec.Meta(gt=0)]
     invert_scale_latents: bool
-    latent_channels: int
-    spatial: int
-    temporal: int
-    tile_height: int
-    tile_width: int
+    latent_channels: Positive
+    spatial: Positive
+    temporal: Positive
+    tile_height: Positive
+    tile_width: Positive
+
+
+class SchedulerEntry(TypedDict):
+    """The sampler the checkpoint recommends, and diffusers' ``scheduler_config.json``."""
+
+    kind: SchedulerKind
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -124,7 +145,6 @@ class Manifest:
         model: The published model this is, or the name it was exported under.
         fps: Frames a second of the finished video.
         checkpoint: The absolute folder the weights outside the bundle lie in.
-        scheduler: ``kind`` (ddim or dpm) and diffusers' ``config``.
         weights: Plain name, as ONNX files use it, to file.
         provenance: Hub id or folder, and the versions of the tools that made the bundle.
     """
@@ -133,16 +153,20 @@ class Manifest:
     model: str
     traits: Traits
     shape: Shape
-    fps: int
+    fps: Positive
     precision: Precision
-    text_length: int
+    text_length: Positive
     vae: Vae
-    scheduler: dict[str, Any]
+    scheduler: SchedulerEntry
     tokenizer: StoredFile
     networks: dict[str, Network]
     checkpoint: str
     weights: dict[str, WeightFile]
     provenance: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if min(self.shape.frames, self.shape.height, self.shape.width) < 1:
+            raise ValueError(f"its shape is {self.shape}")
 
     def to_json(self) -> bytes:
         """Return the text of ``bundle.json``."""
@@ -175,10 +199,19 @@ class Bundle:
     @property
     def remedy(self) -> str:
         """How to make this bundle anew."""
-        manifest = self.manifest
-        return (
-            f"run: cvx-deploy export --model {manifest.model} --checkpoint {manifest.checkpoint} --output {self.path}"
-        )
+        manifest, shape = self.manifest, self.manifest.shape
+        options = {
+            "model": manifest.model,
+            "checkpoint": manifest.checkpoint,
+            "frames": shape.frames,
+            "height": shape.height,
+            "width": shape.width,
+            "precision": manifest.precision,
+            "output": self.path,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        copied = ["--copy-weights"] if any(entry.in_bundle for entry in manifest.weights.values()) else []
+        return "run: " + shlex.join(["cvx-deploy", "export", *words, *copied])
 
     def inside(self, relative: str) -> Path:
         """Return the absolute path of a file of the bundle, refusing one that leaves it."""
@@ -225,7 +258,6 @@ class Bundle:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
-    again = "run: cvx-deploy export --help"
     if not path.is_dir():
         raise BundleError(f"there is no bundle at {path}", fix="run: cvx-deploy export, or name one with --bundle DIR")
     if not file.is_file():
@@ -239,8 +271,8 @@ def _read_manifest(path: Path) -> Manifest:
                 fix="export the bundle again with this version of cvx-deploy",
             )
         return msgspec.convert(raw, Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file} is damaged: {error}", fix=f"export the bundle again; {again}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{file} is damaged: {error}", fix=_AGAIN) from error
     except OSError as error:
         raise BundleError(f"cannot read {file}: {error.strerror}", fix="check the file's permissions") from error
 
@@ -250,7 +282,8 @@ def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -
     outside = pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative
     path = root / relative
     if not outside and resolve:
-        outside = not path.resolve().is_relative_to(root.resolve())
+        # Unlike Path.resolve, which raises on a loop of links.
+        outside = not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
     if outside:
         raise BundleError(f"{where} names {relative!r}, which lies outside", fix="do not use this bundle; export again")
     return path

@@ -31,27 +31,54 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that staged files are swept up
     try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        code = 130
-    except CvxError as error:
-        code = _stated(error)
+        code = _exit_code()
     except BrokenPipeError:
-        # Whoever read our output has gone: nothing is left to say, and the interpreter's own flush must not say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command that ``sys.argv`` names; say what went wrong, if anything did."""
+    try:
+        code = cli.main(prog_name="cvx-deploy", standalone_mode=False)
+    except click.ClickException as error:
+        _fail(type(error).__name__, error.format_message(), "see --help")
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _fail("Interrupted", "interrupted", "run the command again")
+        click.echo("interrupted", err=True)
+        return 130
+    except CvxError as error:
+        return _stated(error)
+    except UnicodeEncodeError as error:
+        return _stated(CvxError(f"{error.object!r} is not UTF-8", fix="use a name, or a prompt, that is"))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            _drop_stdout()
+        place = "the output" if error.filename is None else os.fsdecode(error.filename)
+        return _stated(CvxError(f"{place}: {error.strerror}", fix="check the path, its permissions and its disk"))
+    return code if isinstance(code, int) else 0
+
+
+def _drop_stdout() -> None:
+    """Let nobody read the rest: whoever did has gone, and the interpreter's own flush must not say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stated(error: CvxError) -> int:
-    if "--json" in sys.argv:
-        click.echo(json.dumps({"error": {"type": type(error).__name__, "what": error.what, "fix": error.fix}}))
-    click.echo(f"error: {error}", err=True)
+    _fail(type(error).__name__, error.what, error.fix)
+    click.echo("error: " + " ".join(str(error).splitlines()), err=True)
     return 1
+
+
+def _fail(kind: str, what: str, fix: str) -> None:
+    """Print the one JSON object of a command that was asked for one and has failed."""
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": {"type": kind, "what": what, "fix": fix}}))
 
 
 def _reporting(function: Callable[..., Result]) -> Command:
@@ -129,16 +156,7 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
     _need_export_extra()
     from cvx_deploy.exporters.synth import synthesize
 
-    with progress.task("write weights", 100) as advance:
-        percent = 0
-
-        def written(_: str, done: int, total: int) -> None:
-            nonlocal percent
-            now = 100 * done // total
-            advance(now - percent)
-            percent = now
-
-        synthesize(like, scale, output, seed=seed, progress=written)  # type: ignore[arg-type]
+    synthesize(like, scale, output, seed=seed, progress=progress)  # type: ignore[arg-type]
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     return {"checkpoint": str(output), "like": like, "scale": scale, "seed": seed, "bytes": size}, str(output)
 

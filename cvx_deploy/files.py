@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -41,50 +42,79 @@ def staged_directory(target: Path, *, replace: bool) -> Iterator[Path]:
     Raises:
         OutputError: The place cannot be written, exists and may not be replaced, or another process is writing it.
     """
-    target = target.absolute()
-    check_folder_can_appear(target, replace=replace)
-    with _locked(target):
-        for leftover in target.parent.glob(f".{target.name}.tmp-*"):
-            shutil.rmtree(leftover)
-        staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-        staging.mkdir()
-        try:
-            yield staging
-            _sync(staging)
-            _take_place(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    target = Path(os.path.realpath(target))  # what a link points to is replaced, not the link
+    with _stating(target), _parents(target):
+        _check_can_appear(target, replace=replace)
+        with _locked(target):
+            _sweep(target)
+            staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+            staging.mkdir()
+            try:
+                yield staging
+                _sync(staging)
+                _take_place(staging, target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_folder_can_appear(target: Path, *, replace: bool) -> None:
-    """Raise OutputError unless a folder `target` can be written, creating its parents as needed."""
+@contextlib.contextmanager
+def _stating(target: Path) -> Iterator[None]:
+    """Turn what the system refuses (a full disk, a name too long) into one stated failure."""
+    try:
+        yield
+    except OSError as error:
+        cause = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        raise OutputError(
+            f"cannot write {target}: {cause}", fix="make room or give permission there, or choose another output folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Create the folders above `target`; those that are empty when the block fails go again."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _check_can_appear(target: Path, *, replace: bool) -> None:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file, not a folder", fix="choose another output folder")
     if target.is_dir() and any(target.iterdir()) and not replace:
         raise OutputError(f"{target} already exists and is not empty", fix="choose another output folder, or remove it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot create the folder {target.parent}: {error.strerror}", fix="choose another output folder"
-        ) from error
     if not os.access(target.parent, os.W_OK):
         raise OutputError(f"the folder {target.parent} cannot be written", fix="choose another output folder")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left; an earlier target that stood aside at that moment comes back."""
+    old = _aside(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        shutil.rmtree(leftover)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-old")
 
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold the target's lock file; the kernel lets go of it however the process ends."""
     path = target.with_name(f".{target.name}.lock")
-    try:
-        handle = path.open("a")
-    except OSError as error:
-        raise OutputError(f"cannot write in {target.parent}: {error.strerror}", fix="choose another folder") from error
-    with handle:
+    with path.open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder removes the file as it lets go: a lock on a file that is gone locks nothing.
-            path.stat()
+            # The holder removes the file as it lets go: a lock on a file that is gone, or new since, locks nothing.
+            if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                raise FileNotFoundError(path)
         except (BlockingIOError, FileNotFoundError) as error:
             raise OutputError(
                 f"another process is writing {target}", fix="wait until it ends, or choose another output folder"
@@ -109,10 +139,15 @@ def _take_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
     elif not _exchange(staging, target):
-        old = target.with_name(f".{target.name}.tmp-old")
-        target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old)
+        old = _aside(target)
+        try:
+            target.rename(old)
+            staging.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -21,7 +21,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
         yield from (f"  in   {_tensor(spec)}" for spec in network.inputs if spec.name not in network.state)
         yield from (f"  out  {_tensor(spec)}" for spec in network.outputs if spec.name not in network.state.values())
         if network.state:
-            yield f"  and {len(network.state)} causal caches, handed from one chunk to the next"
+            count = len(network.state)
+            yield f"  and {count} causal cache{'s' * (count != 1)}, handed from one chunk to the next"
     yield "\nweights"
     for name, entry in manifest.weights.items():
         place = "in the bundle" if entry.in_bundle else f"in {manifest.checkpoint}"
@@ -35,7 +36,7 @@ def _tensor(spec: TensorSpec) -> str:
 
 def _size(count: float) -> str:
     for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:  # three digits are shown
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"

@@ -156,24 +156,29 @@ class Limits:
                 f"{shape.frames} frames: the VAE decodes {self.frame_period}k or {self.frame_period}k + 1 frames",
                 fix=f"use --frames {nearest}",
             )
-        for axis, size, trained in (
-            ("height", shape.height, self.sample_height),
-            ("width", shape.width, self.sample_width),
-        ):
-            if self.fixed_size and size != trained:
-                raise ShapeError(
-                    f"{axis} {size}: the learned positions of this model exist for "
-                    f"{self.sample_height}x{self.sample_width} only",
-                    fix=f"use --{axis} {trained}",
-                )
-            if size < self.spatial or size % self.spatial:
-                below = max(size // self.spatial, 1) * self.spatial
-                nearest = str(below) if size < self.spatial else f"{below} or {below + self.spatial}"
-                raise ShapeError(f"{axis} {size} is not a multiple of {self.spatial}", fix=f"use --{axis} {nearest}")
-            if self.table_size and size > trained:
-                raise ShapeError(
-                    f"{axis} {size}: the rotary table of this model ends at {trained}", fix=f"use --{axis} {trained}"
-                )
+        self._check_size("height", shape.height, self.sample_height)
+        self._check_size("width", shape.width, self.sample_width)
+
+    def _check_size(self, axis: str, size: int, trained: int) -> None:
+        if self.fixed_size and size != trained:
+            raise ShapeError(
+                f"{axis} {size}: the learned positions of this model exist for "
+                f"{self.sample_height}x{self.sample_width} only",
+                fix=f"use --{axis} {trained}",
+            )
+        largest = trained if self.table_size else max(size, 1) + self.spatial
+        possible = range(self.spatial, largest + 1, self.spatial)
+        if size in possible:
+            return
+        if self.table_size and size > trained:
+            raise ShapeError(
+                f"{axis} {size}: the rotary table of this model ends at {trained}", fix=f"use --{axis} {possible[-1]}"
+            )
+        floor = size // self.spatial * self.spatial
+        nearest = [near for near in (floor, floor + self.spatial) if near in possible] or possible[:1]
+        raise ShapeError(
+            f"{axis} {size} is not a multiple of {self.spatial}", fix=f"use --{axis} {' or '.join(map(str, nearest))}"
+        )
 
 
 @dataclass(frozen=True)

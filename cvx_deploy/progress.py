@@ -45,11 +45,12 @@ class RichProgress:
         from rich.progress import TimeRemainingColumn as TimeRemaining
 
         columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemaining(), console=self._console) as bars:
+        times = (TimeElapsedColumn(), TimeRemaining())
+        with Progress(*columns, *times, console=self._console, disable=not self._console.is_terminal) as bars:
             bar = bars.add_task(description, total=total)
             yield lambda amount: bars.advance(bar, amount)
             bars.update(bar, total=total or 1, completed=total or 1)
 
     def note(self, text: str) -> None:
-        """Print the note as it is, without markup."""
-        self._console.print(text, markup=False, highlight=False)
+        """Print the note as it is, without markup; lines are not broken, so that paths in them stay whole."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -4,16 +4,20 @@ The safetensors format (https://github.com/huggingface/safetensors#format): eigh
 JSON that give each tensor's dtype, shape and byte range, then the data.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cvx_deploy.bundle import WeightFile
-from cvx_deploy.errors import CheckpointError, WrongModelError
+import msgspec
+
+from cvx_deploy.bundle import Positive, WeightFile
+from cvx_deploy.errors import CheckpointError, CvxError, WrongModelError
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import MODELS, Limits, Traits, model_with_traits
 
@@ -25,8 +29,53 @@ CLASSES = {
 }
 HASHES = "SHA256SUMS"
 _MAX_HEADER = 100_000_000
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+
+class _Transformer(msgspec.Struct):
+    """What must stand in ``transformer/config.json``; the rest has defaults, or is diffusers' own business."""
+
+    in_channels: Positive
+    patch_size: Positive
+    num_attention_heads: Positive
+    attention_head_dim: Positive
+    text_embed_dim: Positive
+    max_text_seq_length: Positive
+    sample_frames: Positive
+    sample_height: Positive
+    sample_width: Positive
+    temporal_compression_ratio: Positive
+    out_channels: Positive | None = None
+    patch_size_t: Positive | None = None
+    ofs_embed_dim: Positive | None = None
+
+
+class _Vae(msgspec.Struct):
+    """Likewise of ``vae/config.json``."""
+
+    block_out_channels: Annotated[list[Positive], msgspec.Meta(min_length=1)]
+    in_channels: Positive
+    out_channels: Positive
+    latent_channels: Positive
+    sample_height: Positive
+    sample_width: Positive
+    temporal_compression_ratio: Annotated[float, msgspec.Meta(gt=0)]
+    scaling_factor: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _TextEncoder(msgspec.Struct):
+    """Likewise of ``text_encoder/config.json``."""
+
+    d_model: Positive
+    vocab_size: Positive
+
+
+_NEEDED: dict[str, type[msgspec.Struct]] = {"transformer": _Transformer, "vae": _Vae, "text_encoder": _TextEncoder}
 
 
 @dataclass(frozen=True)
@@ -59,14 +108,21 @@ class Checkpoint:
         if not root.is_dir():
             raise CheckpointError(f"there is no checkpoint folder {root}", fix="name one with --checkpoint DIR")
         self.root = root.absolute()
-        index = self._json("model_index.json")
-        found = index.get("_class_name")
+        found = self._holds()
         if found not in PIPELINES:
             raise WrongModelError(
-                f"{root} holds a {found}, not a CogVideoX model", fix=f"use a checkpoint of one of {', '.join(MODELS)}"
+                f"{root} holds {found or 'something without a name'}, not a CogVideoX pipeline",
+                fix=f"use a checkpoint of one of {', '.join(MODELS)}",
             )
         self.configs = {component: self._config(component) for component in (*CLASSES, "text_encoder")}
         self.traits = Traits.from_transformer_config(self.configs["transformer"])
+
+    def _holds(self) -> object:
+        """Return what the folder says it is: a pipeline's class, or where it is a single network, that one's."""
+        if (self.root / "model_index.json").is_file() or not (self.root / "config.json").is_file():
+            return self._json("model_index.json").get("_class_name")
+        config = self._json("config.json")
+        return config.get("_class_name") or config.get("model_type")
 
     def require_model(self, name: str) -> None:
         """Raise WrongModelError when `name` is a published model's and this checkpoint has other traits."""
@@ -125,8 +181,13 @@ class Checkpoint:
         path = self.root / HASHES
         if not path.is_file():
             return {}
-        lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
-        return {name.lstrip("*").strip(): digest for digest, name in lines}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        sums = [_SUM.fullmatch(line.rstrip()) for line in lines if line.strip()]
+        if None in sums:
+            raise CheckpointError(
+                f"{path} is damaged: not every line is a SHA-256 and a name", fix="fetch it again, or remove it"
+            )
+        return {found[2]: found[1].lower() for found in sums if found}
 
     def _json(self, relative: str) -> dict[str, Any]:
         path = self.root / relative
@@ -134,7 +195,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is missing", fix="use a checkpoint in diffusers layout, whole")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise CheckpointError(f"{path} is not readable JSON: {error}", fix="fetch the file again") from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds no JSON object", fix="fetch the file again")
@@ -154,6 +215,13 @@ class Checkpoint:
                 f"{self.root / component / name} describes a {config.get('model_type')}, not a t5 encoder",
                 fix="use a CogVideoX checkpoint",
             )
+        if component in _NEEDED:
+            try:
+                msgspec.convert(config, _NEEDED[component])
+            except msgspec.ValidationError as error:
+                raise CheckpointError(
+                    f"{self.root / component / name} is damaged: {error}", fix="fetch the file again"
+                ) from error
         return config
 
     def _shards(self, component: str) -> list[str]:
@@ -175,6 +243,23 @@ class Checkpoint:
             if not (folder / name).is_file():
                 raise _missing_shard(folder, name)
         return [f"{component}/{name}" for name in names]
+
+
+@contextlib.contextmanager
+def sensible_config(folder: Path) -> Iterator[None]:
+    """Turn whatever torch, diffusers and transformers raise on a config that makes no sense into one failure.
+
+    They raise nearly every built-in exception there is, and some of their own.
+    """
+    try:
+        yield
+    except CvxError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"no network can be built from {folder / 'config.json'}: {type(error).__name__}: {error}",
+            fix="fetch the file again",
+        ) from error
 
 
 def _missing_shard(folder: Path, name: str) -> CheckpointError:
@@ -201,7 +286,7 @@ def _read_header(root: Path, file: str) -> dict[str, StoredTensor]:
         tensors = {name: _stored_tensor(file, 8 + length, entry) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", fix="check the file's permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:

@@ -19,7 +19,7 @@ from cvx_deploy.bundle import (
     Vae,
     WeightFile,
 )
-from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.tokenizer import write_tokenizer_json
@@ -29,6 +29,7 @@ from cvx_deploy.exporters.vae import VaeContract
 from cvx_deploy.files import sha256_of, staged_directory
 from cvx_deploy.models import MODELS, Shape, model_with_traits
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.runtime.scheduler import SchedulerConfig
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 _TOKENIZER = "tokenizer.json"
@@ -65,6 +66,7 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
     checkpoint = Checkpoint(request.checkpoint)
     checkpoint.require_model(request.model)
     shape = shape_of(request, checkpoint)
+    SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
     contracts = contracts_for(checkpoint, shape, request.precision)
     _check_components(checkpoint, contracts)
     with staged_directory(output, replace=_is_bundle(output)) as staging:
@@ -90,7 +92,11 @@ def shape_of(request: ExportRequest, checkpoint: Checkpoint) -> Shape:
     trained = (transformer["sample_height"], transformer["sample_width"])
     if model is not None and trained == (model.sample_height, model.sample_width):
         default = Shape(model.frames, model.height, model.width)
-    shape = Shape(request.frames or default.frames, request.height or default.height, request.width or default.width)
+    shape = Shape(
+        default.frames if request.frames is None else request.frames,
+        default.height if request.height is None else request.height,
+        default.width if request.width is None else request.width,
+    )
     limits.check(shape)
     return shape
 
@@ -100,12 +106,17 @@ def contracts_for(checkpoint: Checkpoint, shape: Shape, precision: Precision) ->
     transformer, vae = checkpoint.configs["transformer"], checkpoint.configs["vae"]
     temporal = checkpoint.limits.temporal
     spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-    return [
-        TextEncoderContract(checkpoint.configs["text_encoder"], precision, transformer["max_text_seq_length"]),
-        TransformerContract(transformer, precision, shape, spatial, temporal),
-        *_encoder_contracts(checkpoint, shape, precision),
-        *_chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", -(-shape.frames // temporal), 2),
-    ]
+    contracts: list[NetworkContract] = []
+    with sensible_config(checkpoint.root / "text_encoder"):
+        text_length = transformer["max_text_seq_length"]
+        contracts.append(TextEncoderContract(checkpoint.configs["text_encoder"], precision, text_length))
+    with sensible_config(checkpoint.root / "transformer"):
+        contracts.append(TransformerContract(transformer, precision, shape, spatial, temporal))
+    with sensible_config(checkpoint.root / "vae"):
+        contracts += _encoder_contracts(checkpoint, shape, precision)
+        frames = -(-shape.frames // temporal)
+        contracts += _chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", frames, 2)
+    return contracts
 
 
 def _encoder_contracts(checkpoint: Checkpoint, shape: Shape, precision: Precision) -> list[NetworkContract]:
@@ -141,7 +152,7 @@ def _is_bundle(output: Path) -> bool:
 
 
 def _write_network(contract: NetworkContract, checkpoint: Checkpoint, staging: Path) -> Network:
-    where = str(checkpoint.root / contract.component)
+    where = checkpoint.root / contract.component
     model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where)
     model.producer_name, model.producer_version = "cvx-deploy", __version__
     model.graph.name = contract.name

@@ -8,14 +8,11 @@ by block, each from its own seed, on two threads, and go straight through SHA-25
 import hashlib
 import json
 import math
-import os
-import secrets
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,9 +36,9 @@ from cvx_deploy.exporters.synth_configs import (
     transformer_config,
     vae_config,
 )
+from cvx_deploy.files import staged_directory
 from cvx_deploy.models import MODELS, Model
-
-Progress = Callable[[str, int, int], None]
+from cvx_deploy.progress import Advance, Progress, SilentProgress
 
 FULL_SHARD_BYTES: Final = 5_000_000_000
 # Elements drawn from one seed: 4 MB in float32. Part of what a seed means, so a change here changes every checkpoint.
@@ -142,9 +139,9 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
     Args:
         like: A name in `cvx_deploy.models.MODELS`.
         scale: ``full`` for the original sizes, ``tiny`` for a few megabytes of the same topology.
-        output: A folder that does not exist yet.
+        output: A folder that does not exist yet, or is empty.
         seed: Together with component and tensor name it decides every value; order and sharding do not matter.
-        progress: Called with a weight file's path, the weight bytes written so far, and those there will be.
+        progress: Shows the weight bytes written.
 
     Returns:
         `output`.
@@ -153,20 +150,16 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
         WrongModelError: `like` is none of the published models.
         OutputError: `output` exists, cannot be written, or the disk has too little room.
     """
-    model = _model(like)
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"{output} exists already", fix="remove it, or name a folder that does not exist")
-    plan = _plan(model, scale)
-    with _new_folder(output, plan.nbytes) as folder:
+    progress = progress or SilentProgress()
+    plan = _plan(_model(like), scale)
+    with staged_directory(output, replace=False) as folder:
+        _check_room(folder, plan.nbytes)
         for path, content in plan.small.items():
             _write(folder / path, [content])
-        hashes: dict[str, str] = {}
-        done = 0
-        with ThreadPoolExecutor(THREADS) as pool:
-            for file in plan.weights:
-                chunks = _reported(_chunks(file, seed, pool), progress, file.path, done, plan.weight_bytes)
-                hashes[file.path] = _write(folder / file.path, chunks)
-                done += file.nbytes
+        with ThreadPoolExecutor(THREADS) as pool, progress.task("write weights", plan.weight_bytes) as advance:
+            hashes = {
+                file.path: _write(folder / file.path, _chunks(file, seed, pool), advance) for file in plan.weights
+            }
         _write(folder / "SHA256SUMS", [_sums(hashes)])
     return output
 
@@ -297,59 +290,22 @@ def _draw(tensor: RandomTensor, block: int, key: str, dtype: torch.dtype) -> mem
     return torch.from_numpy(values).to(dtype).view(torch.uint8).numpy().data
 
 
-def _reported(
-    chunks: Iterable[bytes | memoryview], progress: Progress | None, path: str, done: int, total: int
-) -> Iterator[bytes | memoryview]:
-    """Pass chunks on and tell `progress` about each once it is written, which is when the next one is asked for."""
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        if progress is not None:
-            progress(path, done, total)
-
-
-def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write a new file down to the disk and return its SHA-256."""
+def _write(path: Path, chunks: Iterable[bytes | memoryview], advance: Advance = lambda _: None) -> str:
+    """Write a new file and return its SHA-256; `advance` is told the bytes of each chunk."""
     digest = hashlib.sha256()
     path.parent.mkdir(exist_ok=True)
     with path.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            advance(len(chunk))
     return digest.hexdigest()
 
 
-@contextmanager
-def _new_folder(output: Path, needed: int) -> Iterator[Path]:
-    """Give a hidden folder beside `output` that takes its name when the block ends well, and else is removed."""
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
-        if free < needed:
-            raise OutputError(
-                f"{output} needs {needed / 1e6:,.0f} MB, and {output.parent} has {free / 1e6:,.0f} MB left",
-                fix="make room, or name a folder on another disk",
-            )
-        folder.mkdir()
-        yield folder
-        for inside in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            _sync_folder(inside)
-        folder.rename(output)
-        _sync_folder(output.parent)
-    except OSError as error:
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         raise OutputError(
-            f"{output} cannot be written: {error.strerror or error}", fix="check the disk, and who may write there"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already where it was renamed
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            f"the checkpoint needs {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB left",
+            fix="make room, or name a folder on another disk",
+        )

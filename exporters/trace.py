@@ -8,6 +8,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -15,7 +16,7 @@ from onnx_ir.passes import common as passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cvx_deploy.errors import CheckpointError
-from cvx_deploy.exporters.checkpoint import StoredTensor
+from cvx_deploy.exporters.checkpoint import StoredTensor, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
 
@@ -28,7 +29,7 @@ _IR_DTYPES = {
 }
 
 
-def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTensor], where: str) -> ir.Model:
+def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTensor], where: Path) -> ir.Model:
     """Trace a network and bind its weights.
 
     Args:
@@ -42,7 +43,7 @@ def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTenso
     Raises:
         CheckpointError: A tensor is missing, or has another shape or type than the config says.
     """
-    model = _trace(contract)
+    model = _trace(contract, where)
     for named, specs in ((model.graph.inputs, contract.input_specs), (model.graph.outputs, contract.output_specs)):
         for value, spec in zip(named, specs, strict=True):
             value.name, value.shape = spec.name, ir.Shape(spec.shape)
@@ -63,9 +64,10 @@ def weight_location(file: str) -> str:
     return file.replace("/", ".")
 
 
-def _trace(contract: NetworkContract) -> ir.Model:
+def _trace(contract: NetworkContract, where: Path) -> ir.Model:
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet(), torch.no_grad():
-        module = contract.module()
+        with sensible_config(where):
+            module = contract.module()
         inputs = tuple(contract.generate_dummy_inputs(**PRIMES).values())
         program = torch.export.export(module, inputs, strict=False)
     with _quiet():
@@ -97,7 +99,7 @@ def _name_nodes_by_module(model: ir.Model) -> None:
         node.name = f"{module}/{node.op_type}_{index}"
 
 
-def _bind_weights(model: ir.Model, contract: NetworkContract, tensors: dict[str, StoredTensor], where: str) -> None:
+def _bind_weights(model: ir.Model, contract: NetworkContract, tensors: dict[str, StoredTensor], where: Path) -> None:
     constants = contract.constants()
     for name, value in list(model.graph.initializers.items()):
         if name in constants:
@@ -112,7 +114,7 @@ def _bind_weights(model: ir.Model, contract: NetworkContract, tensors: dict[str,
         _point_at(model, value, *stored, where)
 
 
-def _point_at(model: ir.Model, value: ir.Value, known: str, stored: StoredTensor, where: str) -> None:
+def _point_at(model: ir.Model, value: ir.Value, known: str, stored: StoredTensor, where: Path) -> None:
     """Give an initializer its bytes in the checkpoint, with a Cast after it where the stored type is another."""
     assert value.shape is not None
     if tuple(value.shape) != stored.shape:

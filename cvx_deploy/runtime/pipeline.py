@@ -3,6 +3,7 @@
 Each stage loads its networks, works for every video, and lets go of them before the next one loads its own.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,13 @@ from cvx_deploy.models import SchedulerKind
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.runtime import vae
 from cvx_deploy.runtime.backend import Backend
+from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
 from cvx_deploy.runtime.noise import Generator
 from cvx_deploy.runtime.sampler import Conditions, Latents, denoise
 from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.runtime.tokenizer import Tokenizer
-from cvx_deploy.runtime.video import VideoFormat, check_writable, open_writer
+from cvx_deploy.runtime.video import check_writable, open_writer
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ class RunRequest:
             raise PromptError("there is no prompt", fix="give at least one with --prompt TEXT")
         if not 0 < self.strength <= 1:
             raise CvxError(f"strength {self.strength} is not above 0 and at most 1", fix="use --strength 0.8")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise CvxError(f"guidance scale {self.guidance_scale}", fix="use --guidance-scale 6, or 1 for no guidance")
         if self.num_videos < 1:
             raise CvxError(f"{self.num_videos} videos a prompt", fix="use --num-videos 1 or more")
         if self.image is not None and self.video is not None:
             raise PromptError("both an image and a video are given", fix="give one of --image and --video")
         if self.save_latents is not None and self.save_latents.suffix != ".npy":
             raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
+        if self.save_latents is not None and self.save_latents.absolute() == Path(self.output).absolute():
+            raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
 
 
 @dataclass
@@ -324,6 +330,7 @@ def _frames(piece: vae.Clip) -> NDArray[np.float32]:
 def _check_file_place(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"{path} cannot be written", fix="name a file in a folder that exists")
+    check_writable(path)
 
 
 def _write_latents(path: Path, latents: Latents) -> None:
@@ -341,6 +348,8 @@ def _write_latents(path: Path, latents: Latents) -> None:
 def _latents_header(path: Path) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.ndim == 0:
+            raise ValueError("it is an archive or a single number")
     except (OSError, ValueError, EOFError) as error:
         raise MediaError(f"{path} holds no latents: {error}", fix="use a file that --save-latents wrote") from error
     return array

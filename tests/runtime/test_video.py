@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cvx_deploy.errors import MediaError, OutputError, ShapeError
-from cvx_deploy.runtime import video
-from cvx_deploy.runtime.video import VideoFormat, check_writable, contact_sheet, numbered, open_writer
+from cvx_deploy.runtime.encoders import VideoFormat
+from cvx_deploy.runtime.video import check_writable, contact_sheet, numbered, open_writer
 
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
 FORMAT = VideoFormat(FRAMES, HEIGHT, WIDTH, fps=8)
@@ -111,6 +112,12 @@ def test_gif_keeps_every_frame_its_colours_and_its_pace_and_loops(tmp_path: Path
     assert abs(total - 2000) <= 10
 
 
+def test_gif_keeps_black_and_white(tmp_path: Path) -> None:
+    frames = np.zeros((2, HEIGHT, WIDTH, 3), np.float32)
+    frames[:, :, WIDTH // 2 :] = 1
+    assert np.array_equal(read(write(tmp_path / "out.gif", frames)), frames)
+
+
 def test_gif_keeps_frames_that_do_not_change(tmp_path: Path) -> None:
     assert len(read(write(tmp_path / "out.gif", np.repeat(smooth(1), 5, axis=0)))) == 5
 
@@ -178,7 +185,7 @@ def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    [(name, "_publish") for name in NAMES] + [(name, "_bytes") for name in NAMES if name != "out.npy"],
+    [(name, "video._publish") for name in NAMES] + [(name, "encoders.as_bytes") for name in NAMES if name != "out.npy"],
 )
 def test_an_interrupt_at_any_moment_leaves_nothing(
     tmp_path: Path, name: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -186,9 +193,26 @@ def test_an_interrupt_at_any_moment_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video, where, interrupt)
+    monkeypatch.setattr(f"cvx_deploy.runtime.{where}", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / name, smooth())
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_format
+def test_an_interrupt_from_outside_is_not_lost(tmp_path: Path, name: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    frames = smooth(9, 240, 360)
+    earlier = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fail_after(tmp_path / name, VideoFormat(9000, 240, 360, 8), [frames] * 200, AssertionError("it was lost"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
     assert list(tmp_path.iterdir()) == []
 
 

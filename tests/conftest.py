@@ -1,0 +1,75 @@
+"""Tiny checkpoints and their bundles, made once and kept in ``.cache`` until the code that makes them changes."""
+
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cvx_deploy.bundle import Bundle
+from cvx_deploy.models import MODELS
+
+ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = ("exporters", "cvx_deploy/bundle.py", "cvx_deploy/files.py", "cvx_deploy/models.py")
+_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
+
+Tiny = Callable[[str], Path]
+Exported = Callable[..., Bundle]
+
+
+@functools.cache
+def _cache() -> Path:
+    """Return the folder that belongs to this state of the exporters."""
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        path = ROOT / source
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    digest.update(repr([importlib.metadata.version(tool) for tool in _TOOLS]).encode())
+    return ROOT / ".cache" / "tests" / digest.hexdigest()[:16]
+
+
+def _made(path: Path, make: Callable[[], object]) -> Path:
+    """Return `path` after making it, unless it is there; test processes beside this one wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.making").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """Return the tiny checkpoint of a model; do not change it, copy it."""
+    from cvx_deploy.exporters.synth import synthesize
+
+    def checkpoint(name: str) -> Path:
+        path = _cache() / "checkpoints" / name
+        return _made(path, lambda: synthesize(name, "tiny", path))
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def exported(tiny: Tiny) -> Exported:
+    """Return the bundle of a tiny checkpoint, at its own shape or at another; do not change it, copy it."""
+    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+
+    def bundle(name: str, **request: int) -> Bundle:
+        suffix = "".join(f"-{key}{value}" for key, value in request.items())
+        path = _cache() / "bundles" / f"{name}{suffix}"
+        asked = ExportRequest(name, tiny(name), **request)
+        _made(path, lambda: bundle_from_checkpoint(asked, path))
+        return Bundle.open(path)
+
+    return bundle
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``model_name`` for all five models."""
+    if "model_name" in metafunc.fixturenames:
+        metafunc.parametrize("model_name", list(MODELS))

@@ -1,0 +1,10 @@
+"""How far results may be from diffusers', each with its reason. Every parity test reads this table."""
+
+NETWORK_RELATIVE = 2e-5
+"""Largest error of one fp32 network over its largest value: float32 sums in another order, hundreds of layers deep."""
+
+PIXELS_ABSOLUTE = 1e-3
+"""Largest error of a pixel in [0, 1] after a whole fp32 pipeline: a quarter of an 8-bit step."""
+
+PIXELS_PSNR = 70.0
+"""Least PSNR in dB of a whole fp32 video: 8-bit rounding alone is 59 dB."""
