@@ -19,6 +19,7 @@ from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters.checkpoint import StoredTensor, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
+from cvx_deploy.graph.split import split_without_sequences
 
 OPSET = 23
 _IR_DTYPES = {
@@ -49,6 +50,7 @@ def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTenso
             value.name, value.shape = spec.name, ir.Shape(spec.shape)
     _name_nodes_by_module(model)
     make_symbolic(model, contract.input_specs)
+    split_without_sequences(model)
     _bind_weights(model, contract, tensors, where)
     for simplify in (
         passes.RemoveUnusedNodesPass(),
