@@ -9,6 +9,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense
 
 from cvx_deploy.bundle import Precision, TensorSpec
 from cvx_deploy.exporters.contract import NetworkContract, as_numpy
+from cvx_deploy.exporters.repeat import Blocks
 
 
 class TextEncoder(torch.nn.Module):
@@ -42,7 +43,6 @@ class TextEncoderContract(NetworkContract):
 
     name = "text_encoder"
     component = "text_encoder"
-    ATOL_FOR_VALIDATION = 1e-4
 
     def __init__(self, config: dict[str, Any], precision: Precision, text_length: int) -> None:
         super().__init__(config, precision)
@@ -61,8 +61,14 @@ class TextEncoderContract(NetworkContract):
         """Prompt embeddings."""
         return (TensorSpec("prompt_embeds", "float32", ("batch", self.text_length, self.t5.d_model), "BSD"),)
 
+    @property
+    def blocks(self) -> Blocks:
+        """T5's layers."""
+        return Blocks("encoder.encoder.block", int(self.config["num_layers"]))
+
     def build(self) -> torch.nn.Module:
         """Return T5; in float16 its ``wo`` is float32, since T5's feed-forward overflows there."""
+        self.t5.num_layers = self.blocks.traced
         module = TextEncoder(self.t5, self.text_length)
         if self.precision == "fp16":
             for layer in module.modules():

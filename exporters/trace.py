@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters.checkpoint import StoredTensor, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.repeat import repeat_blocks
 from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
 from cvx_deploy.graph.split import split_without_sequences
 
@@ -51,6 +52,8 @@ def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTenso
     _name_nodes_by_module(model)
     make_symbolic(model, contract.input_specs)
     split_without_sequences(model)
+    if contract.blocks is not None:
+        repeat_blocks(model, contract.blocks)
     _bind_weights(model, contract, tensors, where)
     for simplify in (
         passes.RemoveUnusedNodesPass(),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle import Precision, TensorSpec
 from cvx_deploy.exporters.contract import NetworkContract, as_numpy
+from cvx_deploy.exporters.repeat import Blocks
 from cvx_deploy.models import Shape, Traits
 
 _MAX_PERIOD = 10_000
@@ -149,7 +150,6 @@ class TransformerContract(NetworkContract):
 
     name = "transformer"
     component = "transformer"
-    ATOL_FOR_VALIDATION = 1e-4
 
     def __init__(self, config: dict[str, Any], precision: Precision, shape: Shape, spatial: int, temporal: int) -> None:
         super().__init__(config, precision)
@@ -191,9 +191,14 @@ class TransformerContract(NetworkContract):
         channels = self.config.get("out_channels") or self.config["in_channels"]
         return (TensorSpec("noise_pred", "float32", ("batch", frames, channels, height, width), "BFCHW"),)
 
+    @property
+    def blocks(self) -> Blocks:
+        """The expert transformer blocks."""
+        return Blocks("model.transformer_blocks", int(self.config["num_layers"]))
+
     def build(self) -> torch.nn.Module:
         """Return the transformer."""
-        return Transformer(self.config, self.tokens, self.positions)
+        return Transformer({**self.config, "num_layers": self.blocks.traced}, self.tokens, self.positions)
 
     def constants(self) -> dict[str, NDArray[Any]]:
         """Return the frequency, sin-cos and rotary tables, computed by diffusers' own functions."""

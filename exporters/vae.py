@@ -106,7 +106,6 @@ class VaeContract(NetworkContract):
     """
 
     component = "vae"
-    ATOL_FOR_VALIDATION = 1e-4
 
     def __init__(self, config: dict[str, Any], precision: Precision, name: str, frames: int, last: bool) -> None:
         super().__init__(config, precision)

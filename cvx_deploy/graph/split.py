@@ -33,7 +33,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> bool:
     indices = [_constant(user.inputs[1]) if user.op_type == "SequenceAt" else None for user in users]
     if source is None or sizes is None or any(index is None for index in indices):
         return False
-    lengths = ir.node("Constant", [], attributes={"value": ir.tensor(np.array(sizes, np.int64))})
+    value = ir.tensor(np.array(sizes, np.int64))
+    lengths = ir.node("Constant", [], attributes={"value": value}, name=f"{node.name}/sizes")
     split = ir.node(
         "Split",
         [source, lengths.outputs[0]],
