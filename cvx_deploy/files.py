@@ -73,6 +73,9 @@ def _stating(target: Path) -> Iterator[None]:
 def _parents(target: Path) -> Iterator[None]:
     """Create the folders above `target`; those that are empty when the block fails go again."""
     made = [folder for folder in target.parents if not folder.exists()]
+    ground = target.parents[len(made)]
+    if not ground.is_dir():
+        raise OutputError(f"{ground} is a file, not a folder", fix="choose another output folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield

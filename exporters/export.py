@@ -19,6 +19,7 @@ from cvx_deploy.bundle import (
     Vae,
     WeightFile,
 )
+from cvx_deploy.errors import OutputError
 from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.text_encoder import TextEncoderContract
@@ -33,6 +34,7 @@ from cvx_deploy.runtime.scheduler import SchedulerConfig
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 _TOKENIZER = "tokenizer.json"
+_SUFFIXES = {".json", ".onnx", ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
     SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
     contracts = contracts_for(checkpoint, shape, request.precision)
     _check_components(checkpoint, contracts)
-    with staged_directory(output, replace=_is_bundle(output)) as staging:
+    with staged_directory(output, replace=_may_replace(output)) as staging:
         write_tokenizer_json(checkpoint.root / "tokenizer", staging / _TOKENIZER)
         networks = {}
         for contract in contracts:
@@ -147,8 +149,17 @@ def _check_components(checkpoint: Checkpoint, contracts: list[NetworkContract]) 
         checkpoint.tensors(component)
 
 
-def _is_bundle(output: Path) -> bool:
-    return (output / MANIFEST).is_file()
+def _may_replace(output: Path) -> bool:
+    """Whether a folder is a bundle, which is replaced as a whole; raise when it holds anything of the user's too."""
+    if not (output / MANIFEST).is_file():
+        return False
+    for entry in output.iterdir():
+        if entry.name != "engines" and not (entry.is_file() and entry.suffix in _SUFFIXES):
+            raise OutputError(
+                f"{output} holds {entry.name}, which is not of a bundle, and would be lost",
+                fix="move it away, or choose another --output",
+            )
+    return True
 
 
 def _write_network(contract: NetworkContract, checkpoint: Checkpoint, staging: Path) -> Network:

@@ -199,7 +199,13 @@ def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
     config = SchedulerConfig.from_config({**manifest.scheduler["config"], "_class_name": _SCHEDULER_CLASSES[kind]})
     start = 0
     if request.video is not None:
-        start = max(request.steps - min(int(request.steps * request.strength), request.steps), 0)
+        taken = int(request.steps * request.strength)
+        if taken < 1 <= request.steps:
+            raise CvxError(
+                f"strength {request.strength} of {request.steps} steps leaves no step to take",
+                fix="raise --steps or --strength",
+            )
+        start = max(request.steps - taken, 0)
     return make_scheduler(kind, config, request.steps, start)
 
 

@@ -438,7 +438,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="file is a file, not a folder"):
         synth.synthesize("2b", "tiny", tmp_path / "file" / "2b")
 
 

@@ -1,0 +1,24 @@
+"""Exports without the minutes of tracing, for tests of everything around it."""
+
+from pathlib import Path
+
+import pytest
+
+from cvx_deploy.bundle import Network
+from cvx_deploy.exporters import export
+from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.trace import weight_location
+
+
+def without_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports write a line of text in place of every network; all else is real."""
+    monkeypatch.setattr(export, "_write_network", _write_text)
+
+
+def _write_text(contract: NetworkContract, checkpoint: Checkpoint, staging: Path) -> Network:
+    path = staging / f"{contract.name}.onnx"
+    path.write_text(f"{contract.name} of {contract.precision}")
+    files = {tensor.file for tensor in checkpoint.tensors(contract.component).values()}
+    weights = tuple(sorted(map(weight_location, files)))
+    return Network(export._stored(path), contract.input_specs, contract.output_specs, weights, contract.state)
