@@ -8,6 +8,7 @@ commands, so that ``--help`` is instant.
 import functools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -110,10 +111,17 @@ def _reporting(function: Callable[..., Result]) -> Command:
     return command
 
 
+def _plain_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
+    """Refuse a bundle's name that would lead out of the engines folder."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise click.BadParameter(f"{name!r} is not a plain name (letters, digits, '.', '_' and '-')")
+    return name
+
+
 def _which_bundle(command: Command) -> Command:
     """Give a command the options that name a bundle, as one argument ``path``."""
 
-    @click.option("--model", metavar="NAME", help="The bundle NAME in the engines folder.")
+    @click.option("--model", metavar="NAME", callback=_plain_name, help="The bundle NAME in the engines folder.")
     @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="A bundle anywhere.")
     @_ENGINES_DIR
     @functools.wraps(command)
@@ -177,7 +185,13 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
 
 
 @cli.command()
-@click.option("--model", required=True, metavar="NAME", help=f"{', '.join(MODELS)}, or a name of your own.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    callback=_plain_name,
+    help=f"{', '.join(MODELS)}, or a name of your own.",
+)
 @click.option(
     "--checkpoint",
     required=True,

@@ -7,7 +7,7 @@ leaves three nodes a distinct shape rather than a graph of Shape, Gather and Con
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -41,29 +41,29 @@ def make_symbolic(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
     for node in list(model.graph):
         if node.op_type == "Constant":
             tensor = _integers(node)
-            if tensor is not None and (terms := _terms(tensor)):
+            if tensor is not None and (terms := _terms(tensor, formulas.sizes)):
                 node.outputs[0].replace_all_uses_with(formulas.value(tensor, terms))
         for output in node.outputs:
             if output.shape is not None:
-                output.shape = ir.Shape(symbolic_size(size) for size in output.shape)
+                output.shape = ir.Shape(symbolic_size(size, formulas.sizes) for size in output.shape)
 
 
-def symbolic_size(size: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim:
+def symbolic_size(size: int | ir.SymbolicDim, symbols: Collection[str]) -> int | str | ir.SymbolicDim:
     """Return a traced size as its formula, such as ``8*latent_height+1``, or as it is when it has no symbol."""
     if not isinstance(size, int):
         return size
-    factor, term, padding = _formula(size)
+    factor, term, padding = _formula(size, symbols)
     if not term:
         return size
     names = "*".join(term)
     return (names if factor == 1 else f"{factor}*{names}") + (f"+{padding}" if padding else "")
 
 
-def _formula(size: int) -> tuple[int, Term, int]:
+def _formula(size: int, symbols: Collection[str]) -> tuple[int, Term, int]:
     """Write a size as a plain factor times symbols plus a little padding; without symbols it is all factor."""
     for padding in range(_MAX_PADDING + 1):
         rest = size - padding
-        term = tuple(name for name, prime in PRIMES.items() if rest > 0 and rest % prime == 0)
+        term = tuple(name for name in symbols if rest > 0 and rest % PRIMES[name] == 0)
         if term:
             return rest // math.prod(PRIMES[name] for name in term), term, padding
     return size, (), 0
@@ -79,11 +79,11 @@ def _integers(node: ir.Node) -> NDArray[np.int64] | None:
     return None
 
 
-def _terms(array: NDArray[np.int64]) -> dict[Term, NDArray[np.int64]]:
+def _terms(array: NDArray[np.int64], symbols: Collection[str]) -> dict[Term, NDArray[np.int64]]:
     """Write an integer array as a sum of factors times symbols; empty when it holds no symbol."""
     terms: dict[Term, NDArray[np.int64]] = {}
     for position, size in np.ndenumerate(array):
-        factor, term, padding = _formula(int(size))
+        factor, term, padding = _formula(int(size), symbols)
         terms.setdefault(term, np.zeros_like(array))[position] = factor
         if padding:
             terms.setdefault((), np.zeros_like(array))[position] = padding

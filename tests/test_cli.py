@@ -355,3 +355,11 @@ def test_completion_knows_commands_options_and_choices(
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
     assert [answer.split(",")[1] for answer in cvx().out.splitlines()] == found
+
+
+@pytest.mark.parametrize("name", ["", "../elsewhere", "/tmp/x", ".hidden", "a b"])
+@pytest.mark.parametrize("command", [("export", "--checkpoint", "c"), ("run", "--prompt", "p"), ("inspect",)])
+def test_a_name_that_is_not_plain_is_wrong_usage(command: tuple[str, ...], name: str) -> None:
+    outcome = cvx(*command, "--model", name)
+    assert outcome.code == 2
+    assert "not a plain name" in outcome.err
