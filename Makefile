@@ -1,0 +1,39 @@
+# The two commands a new user needs, on a machine with Python 3.11 or newer and its venv module:
+#
+#   make demo    makes a video; the last line printed is its path
+#   make test    checks everything; the last line printed is pytest's
+#
+# PYTHON says which Python to use. TORCH says which PyTorch, installed first and by itself, so that a CPU build that pip
+# can find is taken before anything else asks for torch.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+unexport CVX_ENGINES_DIR
+
+.PHONY: demo test check clean
+
+demo: engines/demo/bundle.json
+	@mkdir -p outputs
+	$(BIN)/cvx-deploy run --model demo --prompt "a red circle moves to the right" --steps 8 --output outputs/demo.mp4
+
+test check: $(INSTALLED)
+	@scripts/check
+
+engines/demo/bundle.json: checkpoints/demo/model_index.json $(INSTALLED)
+	$(BIN)/cvx-deploy export --model demo --checkpoint checkpoints/demo
+
+checkpoints/demo/model_index.json: | $(INSTALLED)
+	$(BIN)/cvx-deploy synth --like 2b --scale tiny --output checkpoints/demo
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: add PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install torch==$(TORCH)
+	$(BIN)/pip install -e ".[export,dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache dist checkpoints/demo engines/demo outputs/demo.mp4
