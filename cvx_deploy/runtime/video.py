@@ -77,7 +77,7 @@ class VideoWriter:
                 f"of {video.height}x{video.width}x3",
                 fix="write each video's frames in order, in chunks that end with it",
             )
-        if not (frames.min() >= 0 and frames.max() <= 1):
+        if not (np.min(frames) >= 0 and np.max(frames) <= 1):
             raise MediaError(
                 f"frames from number {self._written % video.frames} hold values that are not in [0, 1] or not numbers",
                 fix="if they are not numbers, the precision overflowed: export with bf16 or fp32",
