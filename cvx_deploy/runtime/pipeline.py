@@ -261,12 +261,9 @@ def _encoded(
     chunks = vae.count_chunks(backend, half, pixels.shape[2])
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
-    encoded: list[Latents | None] = []
-    with progress.task("encode " + ("image" if request.image else "video"), chunks * len(generators)) as advance:
-        for generator in generators:
-            latents = vae.encode(backend, pixels, generator, tiled=request.vae_tiling, advance=advance)
-            encoded.append(latents.transpose(0, 2, 1, 3, 4))
-    return encoded
+    with progress.task("encode " + ("image" if request.image else "video"), chunks) as advance:
+        posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance)
+    return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
 
 
 def _start(

@@ -53,25 +53,32 @@ def count_chunks(backend: Backend, half: Half, frames: int) -> int:
     return 1 if half.following not in networks else 1 + (frames - first) // _frames(backend, half.following)
 
 
-def encode(backend: Backend, pixels: Clip, generator: Generator, *, tiled: bool, advance: Advance) -> Clip:
-    """Encode a clip and draw from its posterior, as diffusers' ``retrieve_latents`` does.
+@dataclass(frozen=True)
+class Posterior:
+    """What the encoder says of a clip: a Gaussian of unscaled latents, `mean` and `deviation` (1, C, f, h, w)."""
+
+    mean: Clip
+    deviation: Clip
+
+    def sample(self, generator: Generator) -> Clip:
+        """Draw latents (1, C, f, h, w), with one draw of `generator`, as diffusers' ``retrieve_latents`` does."""
+        latents: Clip = self.mean + self.deviation * generator.randn(self.mean.shape)
+        return latents
+
+
+def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Posterior:
+    """Encode a clip.
 
     Args:
         backend: Where the networks run.
         pixels: (1, 3, F, H, W) in [-1, 1].
-        generator: Gives the posterior's noise, (1, C, f, h, w) in one draw.
         tiled: Whether to work tile by tile.
         advance: Called with 1 after every chunk.
-
-    Returns:
-        Unscaled latents (1, C, f, h, w).
     """
     half = encoder(backend.bundle.manifest.vae)
     pieces = _tiled(backend, half, pixels, advance) if tiled else _chunks(backend, half, pixels, advance)
     mean, log_variance = np.split(np.concatenate(list(pieces), axis=2), 2, axis=1)
-    deviation = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))
-    latents: Clip = mean + deviation * generator.randn(mean.shape)
-    return latents
+    return Posterior(mean, np.exp(0.5 * np.clip(log_variance, -30.0, 20.0)))
 
 
 def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) -> Iterator[Clip]:

@@ -94,7 +94,7 @@ def decoder_error(bundle: Bundle, checkpoint: Path, frames: int, *, tiled: bool 
 def encoder_error(bundle: Bundle, checkpoint: Path, frames: int, *, tiled: bool = False) -> float:
     shape = bundle.manifest.shape
     pixels = np.random.default_rng(3).uniform(-1, 1, (1, 3, frames, shape.height, shape.width)).astype(np.float32)
-    found = vae.encode(OrtBackend(bundle), pixels, Generator(5), tiled=tiled, advance=lambda _: None)
+    found = vae.encode(OrtBackend(bundle), pixels, tiled=tiled, advance=lambda _: None).sample(Generator(5))
     eager = eager_vae(checkpoint)
     if tiled:
         eager.enable_tiling()
