@@ -72,7 +72,7 @@ def assemble(task: Task, parts: Parts, scaling_factor: float, output: Path, size
         # fp32, the small text encoder agrees with the others for those who say nothing.
         text_encoder=network.text_encoder,
         vae=vae.half(),
-        transformer=network.transformer.half(),
+        transformer=network.finished_transformer().half(),
         scheduler=new_scheduler(),
     )
     pipeline.save_pretrained(output)

@@ -18,7 +18,7 @@ from captions import captions_of
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from latents import Latents, load_latents
-from text import SHORT_LENGTH, encode, load_tokenizer, new_text_encoder, padding_bias, token_ids
+from text import SHORT_LENGTH, TEXT_LENGTH, encode, load_tokenizer, new_text_encoder, padding_bias, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from training import Rhythm, Run, load_average, train
@@ -31,6 +31,8 @@ LATENT_FRAMES = (FRAMES - 1) // 4 + 1
 WARM_UP = 200
 # Captions replaced by the empty one, for guidance.
 DROP_CAPTION = 0.1
+# Timesteps are this power of an even spread.
+NOISY = 0.7
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ class TextToLatents(nn.Module):
         super().__init__()
         self.text_encoder = new_text_encoder(vocabulary, size.text_width, size.text_layers)
         self.transformer = new_transformer(task, size, latent_channels)
+        if task == "image-to-video":
+            # It starts from a trained text encoder, which the two models then share.
+            self.text_encoder.requires_grad_(False)
+            tokens = LATENT_FRAMES * (LATENT_SIDE // self.transformer.config.patch_size) ** 2
+            self.positions = nn.Parameter(torch.zeros(tokens, size.heads * size.head_dim))
+            self.transformer.patch_embed.register_forward_hook(self._with_positions)
+
+    def _with_positions(self, _: nn.Module, __: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
+        """Add the learned positions to the video's tokens, whatever the length of the text before them."""
+        return embeds + F.pad(self.positions, (0, 0, embeds.shape[1] - len(self.positions), 0))
+
+    def finished_transformer(self) -> CogVideoXTransformer3DModel:
+        """Return the transformer as diffusers has it: learned positions, if any, in a table over text and video."""
+        if not hasattr(self, "positions"):
+            return self.transformer
+        # Without diffusers' list of values left at their defaults, which `from_config` would not let change.
+        config = {name: value for name, value in self.transformer.config.items() if not name.startswith("_")}
+        finished = CogVideoXTransformer3DModel(**config | {"use_learned_positional_embeddings": True})
+        positions = F.pad(self.positions.detach(), (0, 0, TEXT_LENGTH, 0))[None]
+        finished.load_state_dict(self.transformer.state_dict() | {"patch_embed.pos_embedding": positions})
+        return finished
 
     def forward(self, latents: Tensor, ids: Tensor, timesteps: Tensor) -> Tensor:
         """Predict v from noisy latents (B, T, C, H, W), token ids (B, L) and timesteps (B,)."""
@@ -153,7 +176,10 @@ class Batch:
 
 
 def batch_of(data: Latents, scale: float, size: int, data_seed: int, step: int) -> Batch:
-    """Draw the clips, captions, noise and timesteps of one step; timesteps are spread evenly over the schedule."""
+    """Draw the clips, captions, noise and timesteps of one step.
+
+    Timesteps are spread over the schedule, the noisy ones more densely: there the caption decides, later the pixels do.
+    """
     rng = np.random.default_rng((data_seed, step, 3))
     generator = torch.Generator().manual_seed(data_seed * 1_000_003 + step)
     chosen = rng.integers(len(data.scenes), size=size)
@@ -162,7 +188,7 @@ def batch_of(data: Latents, scale: float, size: int, data_seed: int, step: int) 
     clips = _sampled(data.clips[chosen], scale, generator)
     images = torch.zeros_like(clips)
     images[:, :1] = _sampled(data.images[chosen], scale, generator)
-    timesteps = torch.from_numpy((rng.permutation(size) + rng.random(size)) / size * 1000).long().clamp(0, 999)
+    timesteps = torch.from_numpy(((rng.permutation(size) + rng.random(size)) / size) ** NOISY * 1000).long().clamp(0, 999)
     return Batch(
         latents=clips,
         images=images,
@@ -190,11 +216,11 @@ def velocity_loss(network: TextToLatents, task: Task, batch: Batch, ids: Tensor)
 
 
 def start_from_text_to_video(network: TextToLatents, trained: TextToLatents) -> None:
-    """Begin image-to-video where text-to-video ended; the image's input channels begin at zero."""
+    """Begin image-to-video where text-to-video ended; the image's input channels and the learned positions begin at zero."""
     weights = trained.state_dict()
     name = "transformer.patch_embed.proj.weight"
     weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
-    network.load_state_dict(weights)
+    network.load_state_dict(weights | {"positions": network.positions.detach()})
 
 
 @dataclass(frozen=True)
@@ -235,7 +261,7 @@ def train_transformer(
     scale = data.scaling_factor()
     network = new_network(task, size or Size(), tokenizer, sources.start)
     learning = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, weight_decay=1e-2, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(learning, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     run = Run(network, optimizer, sources.state, decay=0.999)
 
     def do_step(step: int) -> float:

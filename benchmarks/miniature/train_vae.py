@@ -37,6 +37,7 @@ class Stage:
         batch: Videos a step.
         learning_rate: AdamW's.
         encoder: Whether the encoder learns, too; once it does not, latents are settled and the transformer can begin.
+        falls: Whether the learning rate falls to zero in a straight line until the stage ends.
     """
 
     until: int
@@ -45,6 +46,7 @@ class Stage:
     batch: int
     learning_rate: float
     encoder: bool = True
+    falls: bool = False
 
     def rate(self, step: int, began: int) -> float:
         """Warm up again in each stage: AdamW has not met the gradients of a new kind of batch.
@@ -52,14 +54,15 @@ class Stage:
         Without it the kernels' past, which single frames never touch, moves by whole learning rates at once and undoes
         thousands of steps (seen: 25 dB fell to 21).
         """
-        return self.learning_rate * min(1.0, (step - began + 1) / WARM_UP)
+        fall = (self.until - step) / (self.until - began) if self.falls else 1.0
+        return self.learning_rate * min(1.0, (step - began + 1) / WARM_UP, fall)
 
 
 CURRICULUM = (
     Stage(until=850, frames=1, crop=SIDE, batch=16, learning_rate=2e-3),
     Stage(until=1_200, frames=FRAMES, crop=32, batch=4, learning_rate=5e-4),
     Stage(until=2_350, frames=FRAMES, crop=SIDE, batch=4, learning_rate=5e-4, encoder=False),
-    Stage(until=8_000, frames=FRAMES, crop=SIDE, batch=4, learning_rate=2e-4, encoder=False),
+    Stage(until=5_000, frames=FRAMES, crop=SIDE, batch=4, learning_rate=4e-4, encoder=False, falls=True),
 )
 
 
@@ -181,7 +184,7 @@ def train_vae(
     rhythm: Rhythm | None = None,
 ) -> Run:
     """Train until `steps` are done in all, or the curriculum ends; resumes from `state`."""
-    run = Run(vae, torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, betas=(0.9, 0.99)), state)
+    run = Run(vae, torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, betas=(0.9, 0.99), fused=True), state)
     settled_at = max((stage.until for stage in curriculum if stage.encoder), default=0)
 
     def do_step(step: int) -> float:

@@ -74,9 +74,9 @@ class Run:
         self.optimizer.step()
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        weights = dict(self.network.named_parameters())
         with torch.no_grad():
-            for name, p in self.network.named_parameters():
-                self.average[name].lerp_(p, 1 - decay)
+            torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

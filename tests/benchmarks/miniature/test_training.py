@@ -152,3 +152,27 @@ def test_an_interrupted_save_leaves_the_last_one_whole(tmp_path: Path, monkeypat
         _train_vae(tmp_path, 2)
     monkeypatch.undo()
     assert _train_vae(tmp_path, 2).step == 2
+
+
+def test_learned_positions_reach_the_checkpoint(sources):
+    tokenizer = load_tokenizer(sources.tokenizer)
+    torch.manual_seed(0)
+    network = train_transformer.TextToLatents("image-to-video", SMALL, len(tokenizer))
+    for p in network.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    noisy, time = torch.randn(1, 3, 16, 6, 6), torch.tensor([500])
+    ids = token_ids(tokenizer, ["a red ball"], TEXT_LENGTH)
+    with torch.no_grad():
+        without = network(noisy, ids, time)
+        network.positions.normal_()
+        trained = network(noisy, ids, time)
+        finished = network.finished_transformer()
+        assert finished.config.use_learned_positional_embeddings
+        published = finished(
+            hidden_states=noisy,
+            encoder_hidden_states=network.text_encoder(ids)[0],
+            timestep=time,
+            image_rotary_emb=train_transformer._rotary(16, 3, 3),
+        ).sample
+    assert torch.allclose(published, trained, atol=1e-5)
+    assert not torch.allclose(published, without, atol=1e-2)
