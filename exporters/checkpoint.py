@@ -5,9 +5,9 @@ JSON that give each tensor's dtype, shape and byte range, then the data.
 """
 
 import contextlib
+import copy
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ import msgspec
 
 from cvx_deploy.bundle import Positive, WeightFile
 from cvx_deploy.errors import CheckpointError, CvxError, WrongModelError
+from cvx_deploy.exporters.carried import CarriedHashes
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import MODELS, Limits, Traits, model_with_traits
 
@@ -27,14 +28,13 @@ CLASSES = {
     "vae": ("AutoencoderKLCogVideoX",),
     "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
 }
-HASHES = "SHA256SUMS"
+COMPONENTS = ("text_encoder", "transformer", "vae")
 _MAX_HEADER = 100_000_000
 _ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class _Transformer(msgspec.Struct):
@@ -96,18 +96,36 @@ class StoredTensor:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Tensors of the transformer that were made anew, and the one file outside the checkpoint that holds them."""
+
+    path: Path
+    entry: WeightFile
+    tensors: dict[str, StoredTensor]
+
+
 class Checkpoint:
     """A CogVideoX checkpoint folder in diffusers layout.
+
+    Args:
+        root: The folder.
+        variant: Which weight files to read where a component has several, such as fp16 for ``*.fp16.safetensors``.
+        transformer: A fine-tuned transformer in place of the checkpoint's: a folder with ``config.json`` and weights,
+            or one that holds such a folder as ``transformer``.
 
     Raises:
         CheckpointError: The folder, a config, a shard or a tensor is missing or damaged.
         WrongModelError: The folder is whole, but another model's.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, variant: str | None = None, transformer: Path | None = None) -> None:
         if not root.is_dir():
             raise CheckpointError(f"there is no checkpoint folder {root}", fix="name one with --checkpoint DIR")
         self.root = root.absolute()
+        self.variant = variant
+        self.transformer = None if transformer is None else _transformer_folder(transformer)
+        self._merged: Merged | None = None
         found = self._holds()
         if found not in PIPELINES:
             raise WrongModelError(
@@ -150,47 +168,85 @@ class Checkpoint:
             table_size=self.traits.patch_size_t is not None,
         )
 
+    def place(self, file: str) -> Path:
+        """Return where a file or folder of the checkpoint lies, its name being relative to the root."""
+        if self._merged is not None and file == self._merged.entry.path:
+            return self._merged.path
+        component, _, name = file.partition("/")
+        if component == "transformer" and self.transformer is not None:
+            return self.transformer / name
+        return self.root / file
+
+    def with_merged(self, merged: Merged) -> "Checkpoint":
+        """Return the same checkpoint with some of the transformer's tensors taken from a file of their own."""
+        other = copy.copy(self)
+        other._merged = merged
+        return other
+
     def tensors(self, component: str) -> dict[str, StoredTensor]:
         """Return every tensor of a component by name, from the headers of its safetensors files alone."""
-        found: dict[str, StoredTensor] = {}
-        for file in self._shards(component):
-            found.update(_read_header(self.root, file))
-        return found
+        if component not in self._headers:
+            found: dict[str, StoredTensor] = {}
+            for file in self.weight_files(component):
+                if not self.place(file).is_file():
+                    raise _missing_shard(self.place(file))
+                found.update(read_header(self.place(file), file))
+            self._headers[component] = found
+        merged = self._merged.tensors if self._merged is not None and component == "transformer" else {}
+        return self._headers[component] | merged
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, StoredTensor]]:
+        return {}
+
+    def weight_files(self, component: str, has: Callable[[str], bool] | None = None) -> list[str]:
+        """Return the safetensors files of a component, relative to the checkpoint, in order, be they there or not.
+
+        A component without files of the variant is read from its plain ones, as long as another has some. That is
+        diffusers' rule (``variant_compatible_siblings``).
+
+        Args:
+            component: Its folder's name.
+            has: Whether the checkpoint has a file; without it, whether that file is in the folder.
+
+        Raises:
+            CheckpointError: There are no files of the variant, or an index makes no sense.
+        """
+        has = has or (lambda name: self.place(name).is_file())
+        first = {name: first_weight_file(name, self.variant, has) for name in COMPONENTS}
+        if self.variant and not any(f".{self.variant}." in name for name in first.values()):
+            raise CheckpointError(
+                f"{self.root} has no {self.variant} weight files", fix="leave out --variant, or name another one"
+            )
+        return self._indexed(first[component]) if first[component].endswith(".json") else [first[component]]
 
     def weight_file(self, file: str, progress: Callable[[int], None] | None = None) -> WeightFile:
         """Return a weight file's entry for the manifest.
 
-        A hash that the checkpoint carries (``SHA256SUMS``) is trusted when it is younger than the file; else the file
-        is hashed, and must agree with the carried one.
+        A hash that the checkpoint carries (see `CarriedHashes`) is trusted when it is younger than the file; else the
+        file is hashed, and must agree with the carried one.
         """
-        path = self.root / file
+        if self._merged is not None and file == self._merged.entry.path:
+            return self._merged.entry
+        path = self.place(file)
         stat = path.stat()
-        carried = self._carried_hashes.get(file)
-        if carried is None or stat.st_mtime_ns > (self.root / HASHES).stat().st_mtime_ns:
-            digest = sha256_of(path, progress)
-            if carried not in (None, digest):
-                raise CheckpointError(
-                    f"{path} was altered: its SHA-256 is not the one in {HASHES}",
-                    fix=f"fetch the file again, or remove {self.root / HASHES} if the change was meant",
-                )
-            carried = digest
-        return WeightFile(file, stat.st_size, carried, stat.st_mtime_ns, in_bundle=False)
+        carried = self._carried_hashes.of(file) if path == self.root / file else None
+        if carried is not None and stat.st_mtime_ns <= carried.written_ns:
+            return WeightFile(file, stat.st_size, carried.sha256, stat.st_mtime_ns, in_bundle=False)
+        digest = sha256_of(path, progress)
+        if carried is not None and carried.sha256 != digest:
+            raise CheckpointError(
+                f"{path} was altered: its SHA-256 is not the one in {carried.where}",
+                fix=f"fetch the file again, or remove {carried.where} if the change was meant",
+            )
+        return WeightFile(file, stat.st_size, digest, stat.st_mtime_ns, in_bundle=False)
 
     @cached_property
-    def _carried_hashes(self) -> dict[str, str]:
-        path = self.root / HASHES
-        if not path.is_file():
-            return {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        sums = [_SUM.fullmatch(line.rstrip()) for line in lines if line.strip()]
-        if None in sums:
-            raise CheckpointError(
-                f"{path} is damaged: not every line is a SHA-256 and a name", fix="fetch it again, or remove it"
-            )
-        return {found[2]: found[1].lower() for found in sums if found}
+    def _carried_hashes(self) -> CarriedHashes:
+        return CarriedHashes(self.root)
 
     def _json(self, relative: str) -> dict[str, Any]:
-        path = self.root / relative
+        path = self.place(relative)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", fix="use a checkpoint in diffusers layout, whole")
         try:
@@ -204,45 +260,47 @@ class Checkpoint:
     def _config(self, component: str) -> dict[str, Any]:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         config = self._json(f"{component}/{name}")
+        path = self.place(f"{component}/{name}")
         classes = CLASSES.get(component)
         if classes and config.get("_class_name") not in classes:
             raise WrongModelError(
-                f"{self.root / component / name} describes a {config.get('_class_name')}, not a {' or '.join(classes)}",
+                f"{path} describes a {config.get('_class_name')}, not a {' or '.join(classes)}",
                 fix="use a CogVideoX checkpoint",
             )
         if component == "text_encoder" and config.get("model_type") != "t5":
             raise WrongModelError(
-                f"{self.root / component / name} describes a {config.get('model_type')}, not a t5 encoder",
+                f"{path} describes a {config.get('model_type')}, not a t5 encoder",
                 fix="use a CogVideoX checkpoint",
             )
         if component in _NEEDED:
             try:
                 msgspec.convert(config, _NEEDED[component])
             except msgspec.ValidationError as error:
-                raise CheckpointError(
-                    f"{self.root / component / name} is damaged: {error}", fix="fetch the file again"
-                ) from error
+                raise CheckpointError(f"{path} is damaged: {error}", fix="fetch the file again") from error
         return config
 
-    def _shards(self, component: str) -> list[str]:
-        """Return the safetensors files of a component, relative to the checkpoint, in order."""
-        stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-        folder = self.root / component
-        if (folder / f"{stem}.safetensors.index.json").is_file():
-            weight_map = self._json(f"{component}/{stem}.safetensors.index.json").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"the index of {folder} has no weight_map", fix="fetch the index file again")
-            names = sorted({str(name) for name in weight_map.values()})
-        else:
-            names = [f"{stem}.safetensors"]
+    def _indexed(self, index: str) -> list[str]:
+        """Return the files that an index names."""
+        folder = self.place(index).parent
+        weight_map = self._json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"the index of {folder} has no weight_map", fix="fetch the index file again")
+        names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if "/" in name or name in ("", ".", ".."):
                 raise CheckpointError(
                     f"the index of {folder} names {name!r}, outside it", fix="do not use this checkpoint"
                 )
-            if not (folder / name).is_file():
-                raise _missing_shard(folder, name)
-        return [f"{component}/{name}" for name in names]
+        return [f"{index.partition('/')[0]}/{name}" for name in names]
+
+
+def first_weight_file(component: str, variant: str | None, has: Callable[[str], bool]) -> str:
+    """Return what a component's weights are read from: an index or a single file, the variant's where it has one."""
+    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    whole = f"{component}/{stem}.safetensors"
+    plain = (f"{whole}.index.json", whole)
+    special = (f"{whole}.index.{variant}.json", f"{component}/{stem}.{variant}.safetensors") if variant else ()
+    return next(filter(has, (*special, *plain)), whole)
 
 
 @contextlib.contextmanager
@@ -262,18 +320,37 @@ def sensible_config(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _missing_shard(folder: Path, name: str) -> CheckpointError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+def _transformer_folder(folder: Path) -> Path:
+    for found in (folder / "transformer", folder):
+        if (found / "config.json").is_file():
+            return found.absolute()
+    raise CheckpointError(
+        f"there is no transformer in {folder}: neither it nor a folder transformer in it has a config.json",
+        fix="name a folder that save_pretrained wrote",
+    )
+
+
+def _missing_shard(path: Path) -> CheckpointError:
+    pickles = sorted(file.name for file in path.parent.glob("*") if file.suffix in PICKLES)
     if pickles:
-        return CheckpointError(
-            f"{folder} has only pickled weights ({pickles[0]}), which are never loaded: a pickle can run any code",
-            fix="convert them to safetensors where they are trusted (save_pretrained), or fetch safetensors files",
-        )
-    return CheckpointError(f"the weight file {folder / name} is missing", fix="fetch the file again")
+        return only_pickles(str(path.parent), pickles[0])
+    return CheckpointError(f"the weight file {path} is missing", fix="fetch the file again")
 
 
-def _read_header(root: Path, file: str) -> dict[str, StoredTensor]:
-    path = root / file
+def only_pickles(where: str, name: str) -> CheckpointError:
+    """Return the failure of a component that has no weights but pickled ones, `name` one of them."""
+    return CheckpointError(
+        f"{where} has only pickled weights ({name}), which are never loaded: a pickle can run any code",
+        fix="convert them to safetensors where they are trusted (save_pretrained), or fetch safetensors files",
+    )
+
+
+def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
+    """Return the tensors that a safetensors file's header names, as lying in `file`.
+
+    Raises:
+        CheckpointError: The header is damaged, or does not fit the file's length.
+    """
     damaged = CheckpointError(f"{path} is truncated or damaged: its header makes no sense", fix="fetch the file again")
     size = path.stat().st_size
     try:
