@@ -6,12 +6,10 @@ by block, each from its own seed, on two threads, and go straight through SHA-25
 """
 
 import hashlib
-import json
 import math
 import shutil
-import struct
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +19,6 @@ from typing import Final
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import T5Config, T5EncoderModel
 
 from cvx_deploy.errors import OutputError, WrongModelError
@@ -36,21 +33,23 @@ from cvx_deploy.exporters.synth_configs import (
     transformer_config,
     vae_config,
 )
+from cvx_deploy.exporters.weights import (
+    FULL_SHARD_BYTES,
+    PlannedTensor,
+    as_json,
+    header_of,
+    split_into_shards,
+    sums_of,
+    write_hashed,
+)
 from cvx_deploy.files import staged_directory
 from cvx_deploy.models import MODELS, Model
-from cvx_deploy.progress import Advance, Progress, SilentProgress
+from cvx_deploy.progress import Progress, SilentProgress
 
-FULL_SHARD_BYTES: Final = 5_000_000_000
 # Elements drawn from one seed: 4 MB in float32. Part of what a seed means, so a change here changes every checkpoint.
 BLOCK: Final = 1 << 20
 THREADS: Final = 2
 
-_WEIGHTS_NAME: Final = {
-    "text_encoder": "model{suffix}.safetensors",
-    "transformer": "diffusion_pytorch_model{suffix}.safetensors",
-    "vae": "diffusion_pytorch_model{suffix}.safetensors",
-}
-_SAFETENSORS_TYPE: Final = {torch.float16: "F16", torch.bfloat16: "BF16"}
 # What multiplies 1/sqrt(fan_in), by the end of a weight's name. SpatialNorm multiplies by conv_y, whose bias is one,
 # and adds conv_b: both see latents whose spread is above one. conv_out makes pixels, which should seldom leave [-1, 1].
 _GAINS: Final = {
@@ -92,18 +91,7 @@ class WeightFile:
     @cached_property
     def header(self) -> bytes:
         """The safetensors header with its length before it, padded to 8 bytes so that tensors start aligned."""
-        entries: Config = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in self.tensors:
-            start, end = end, end + tensor.size * self.dtype.itemsize
-            entries[tensor.name] = {
-                "dtype": _SAFETENSORS_TYPE[self.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return header_of(PlannedTensor(tensor.name, self.dtype, tensor.shape) for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +114,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all files, ``SHA256SUMS`` included."""
-        sums = _sums({file.path: "0" * 64 for file in self.weights})
+        sums = sums_of({file.path: "0" * 64 for file in self.weights})
         return self.weight_bytes + len(sums) + sum(map(len, self.small.values()))
 
 
@@ -155,22 +143,13 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
     with staged_directory(output, replace=False) as folder:
         _check_room(folder, plan.nbytes)
         for path, content in plan.small.items():
-            _write(folder / path, [content])
+            write_hashed(folder / path, [content])
         with ThreadPoolExecutor(THREADS) as pool, progress.task("write weights", plan.weight_bytes) as advance:
             hashes = {
-                file.path: _write(folder / file.path, _chunks(file, seed, pool), advance) for file in plan.weights
+                file.path: write_hashed(folder / file.path, _chunks(file, seed, pool), advance) for file in plan.weights
             }
-        _write(folder / "SHA256SUMS", [_sums(hashes)])
+        write_hashed(folder / "SHA256SUMS", [sums_of(hashes)])
     return output
-
-
-def estimate_bytes(like: str, scale: Scale) -> int:
-    """Return the bytes of all files of a synthetic checkpoint, exactly; a file system takes a little more.
-
-    Raises:
-        WrongModelError: `like` is none of the published models.
-    """
-    return _plan(_model(like), scale).nbytes
 
 
 def network_on_meta(component: str, config: Config) -> torch.nn.Module:
@@ -199,18 +178,18 @@ def _model(like: str) -> Model:
 
 def _plan(model: Model, scale: Scale) -> Plan:
     small = {
-        "model_index.json": _json(model_index(model)),
-        "scheduler/scheduler_config.json": _json(scheduler_config(model)),
+        "model_index.json": as_json(model_index(model)),
+        "scheduler/scheduler_config.json": as_json(scheduler_config(model)),
         "tokenizer/spiece.model": spiece_model(scale),
     }
-    small |= {f"tokenizer/{name}": _json(content) for name, content in tokenizer_files(scale).items()}
+    small |= {f"tokenizer/{name}": as_json(content) for name, content in tokenizer_files(scale).items()}
     weights: list[WeightFile] = []
     for component, config in (
         ("text_encoder", text_encoder_config(model, scale)),
         ("transformer", transformer_config(model, scale)),
         ("vae", vae_config(model, scale)),
     ):
-        small[f"{component}/config.json"] = _json(config)
+        small[f"{component}/config.json"] = as_json(config)
         files, index = _sharded(component, network_on_meta(component, config), getattr(torch, model.dtype), scale)
         small |= index
         weights += files
@@ -226,20 +205,17 @@ def _sharded(
     total = sum(tensor.nbytes for tensor in state.values())
     # Tiny networks are cut in two or three, so that readers meet shards; the VAE is one file in every original.
     limit = total // 2 if scale == "tiny" and component != "vae" else FULL_SHARD_BYTES
-    split = split_torch_state_dict_into_shards(state, filename_pattern=_WEIGHTS_NAME[component], max_shard_size=limit)
+    shards, index = split_into_shards(component, state, limit)
     files = [
         WeightFile(
             component,
             filename,
             dtype,
-            tuple(_random_tensor(network, name, tuple(state[name].shape)) for name in sorted(names)),
+            tuple(_random_tensor(network, name, tuple(state[name].shape)) for name in names),
         )
-        for filename, names in split.filename_to_tensors.items()
+        for filename, names in shards.items()
     ]
-    if not split.is_sharded:
-        return files, {}
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    return files, {f"{component}/{_WEIGHTS_NAME[component].format(suffix='')}.index.json": _json(index)}
+    return files, index
 
 
 def _random_tensor(network: torch.nn.Module, name: str, shape: tuple[int, ...]) -> RandomTensor:
@@ -257,14 +233,6 @@ def _random_tensor(network: torch.nn.Module, name: str, shape: tuple[int, ...]) 
         # T5 does not divide attention scores by sqrt(d_kv): its query weights do.
         gain = network.config.d_kv**-0.5
     return RandomTensor(name, shape, 0.0, gain / math.sqrt(math.prod(shape[1:])))
-
-
-def _json(content: Config) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _sums(hashes: dict[str, str]) -> bytes:
-    return "".join(f"{hashes[path]}  {path}\n" for path in sorted(hashes)).encode()
 
 
 def _chunks(file: WeightFile, seed: int, pool: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
@@ -288,18 +256,6 @@ def _draw(tensor: RandomTensor, block: int, key: str, dtype: torch.dtype) -> mem
     values *= np.float32(tensor.std)
     values += np.float32(tensor.mean)
     return torch.from_numpy(values).to(dtype).view(torch.uint8).numpy().data
-
-
-def _write(path: Path, chunks: Iterable[bytes | memoryview], advance: Advance = lambda _: None) -> str:
-    """Write a new file and return its SHA-256; `advance` is told the bytes of each chunk."""
-    digest = hashlib.sha256()
-    path.parent.mkdir(exist_ok=True)
-    with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
 
 
 def _check_room(folder: Path, needed: int) -> None:

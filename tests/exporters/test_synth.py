@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import T5EncoderModel, T5Tokenizer
 
 from cvx_deploy.errors import OutputError, WrongModelError
-from cvx_deploy.exporters import synth
+from cvx_deploy.exporters import synth, weights
 from cvx_deploy.exporters.synth_configs import (
     Scale,
     spiece_model,
@@ -240,15 +240,9 @@ def test_full_networks_have_the_published_sizes(name: str, transformer: int) -> 
     assert counts == {"transformer": transformer, "text_encoder": 4_762_310_656, "vae": 215_583_907}
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("2b", 13.3), ("5b", 21.1), ("5b-i2v", 21.2)])
-def test_estimate_of_a_full_checkpoint_is_two_bytes_a_weight(name: str, gigabytes: float) -> None:
-    assert synth.estimate_bytes(name, "full") / 1e9 == pytest.approx(gigabytes, abs=0.06)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_estimate_is_the_size_of_the_files_and_tiny_is_a_few_megabytes(checkpoints: dict[str, Path], name: str) -> None:
-    size = sum(len(content) for content in file_bytes(checkpoints[name]).values())
-    assert synth.estimate_bytes(name, "tiny") == size < 4_000_000
+def test_a_tiny_checkpoint_is_a_few_megabytes(checkpoints: dict[str, Path], name: str) -> None:
+    assert sum(len(content) for content in file_bytes(checkpoints[name]).values()) < 4_000_000
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(
@@ -270,7 +264,7 @@ def test_sharding_does_not_change_values(
             state, filename_pattern=filename_pattern, max_shard_size=100 * max_shard_size
         )
 
-    monkeypatch.setattr(synth, "split_torch_state_dict_into_shards", one_shard)
+    monkeypatch.setattr(weights, "split_torch_state_dict_into_shards", one_shard)
     whole = synth.synthesize("2b", "tiny", tmp_path / "whole") / "transformer"
     assert not list(whole.glob("*.index.json"))
     tensors = load_file(whole / "diffusion_pytorch_model.safetensors")
@@ -445,5 +439,3 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 def test_an_unknown_model_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
     with pytest.raises(WrongModelError, match=r"'3b'.*2b, 5b, 5b-i2v, 1\.5-5b, 1\.5-5b-i2v"):
         synth.synthesize("3b", "tiny", tmp_path / "3b")
-    with pytest.raises(WrongModelError):
-        synth.estimate_bytes("3b", "full")
