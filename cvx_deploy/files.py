@@ -1,4 +1,4 @@
-"""Files written whole or not at all: hashing, staging folders, locks."""
+"""Files written whole or not at all: hashing, copying, staging files and folders, locks."""
 
 import contextlib
 import ctypes
@@ -14,6 +14,8 @@ from pathlib import Path
 from cvx_deploy.errors import OutputError
 
 _AT_FDCWD = -100
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_PIECE = 1 << 22
 _RENAME_EXCHANGE = 2
 
 
@@ -21,11 +23,61 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """Return the hex SHA-256 of a file, read once in pieces; `progress` is told each piece's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 22):
+        while piece := file.read(_PIECE):
             digest.update(piece)
             if progress is not None:
                 progress(len(piece))
     return digest.hexdigest()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OutputError unless `needed` bytes are free where `folder` lies, so that hours of writing are not lost."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{needed:,} bytes are to be written into {folder}, where {free:,} are free",
+            fix="make room there, or choose another output folder",
+        )
+
+
+def place_file(source: Path, target: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Put the content of `source` at `target`, a new file, with its time stamps and permissions.
+
+    Where the file system can (btrfs, XFS, bcachefs, ...) the two share their blocks until either is written to: that
+    takes no time and no space. Elsewhere the bytes are copied. Never a hard link: a program that alters `source` in
+    place would alter `target` with it, and onnx.checker and onnx.load refuse weights with a second name.
+
+    Args:
+        source: A file, or a link to one.
+        target: Where it is to be; nothing may be there.
+        progress: Told the bytes of each piece placed, which is the whole file when it is shared.
+
+    Raises:
+        OutputError: A copy needs more bytes than are free.
+    """
+    with source.open("rb") as reading, target.open("xb") as writing:
+        size = os.fstat(reading.fileno()).st_size
+        if _share(reading.fileno(), writing.fileno()):
+            if progress is not None:
+                progress(size)
+        else:
+            require_space(target.parent, size)
+            while piece := reading.read(_PIECE):
+                writing.write(piece)
+                if progress is not None:
+                    progress(len(piece))
+    shutil.copystat(source, target)
+
+
+def _share(source: int, target: int) -> bool:
+    """Let a new file share the blocks of another, both open; False where the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -52,9 +104,34 @@ def staged_directory(target: Path, *, replace: bool) -> Iterator[Path]:
             try:
                 yield staging
                 _sync(staging)
-                _take_place(staging, target)
+                take_place(staging, target)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `target`; the file written there takes its place, whole, when the block ends well.
+
+    On any exception the temporary is removed and an earlier `target` is as it was. An earlier file is replaced; all
+    else is as `staged_directory` has it.
+
+    Raises:
+        OutputError: The place cannot be written, is a folder, or another process is writing it.
+    """
+    target = Path(os.path.realpath(target))
+    with _stating(target), _parents(target):
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{target} is there and is not a file", fix="choose another --output")
+        with _locked(target):
+            _sweep(target)
+            staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+            try:
+                yield staging
+                _sync(staging)
+                staging.replace(target)
+            finally:
+                staging.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -101,7 +178,10 @@ def _sweep(target: Path) -> None:
     if old.exists() and not target.exists():
         old.rename(target)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-        shutil.rmtree(leftover)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _aside(target: Path) -> Path:
@@ -137,15 +217,22 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _take_place(staging: Path, target: Path) -> None:
-    """Move `staging` to `target`; where the kernel can, an old target and the new one change places in one step."""
+def take_place(new: Path, target: Path) -> None:
+    """Move the folder `new` to `target`, on the same file system; an earlier folder there is removed.
+
+    Where the kernel can, the two change places in one step. Elsewhere the earlier one stands aside for the moment of
+    two renames, and comes back if the second fails.
+    """
     if not target.exists():
-        staging.rename(target)
-    elif not _exchange(staging, target):
+        new.rename(target)
+    elif _exchange(new, target):
+        shutil.rmtree(new, ignore_errors=True)
+    else:
         old = _aside(target)
+        shutil.rmtree(old, ignore_errors=True)  # a killed process left it: `target` is there
         try:
             target.rename(old)
-            staging.rename(target)
+            new.rename(target)
         except BaseException:
             if old.exists() and not target.exists():
                 old.rename(target)
