@@ -7,24 +7,29 @@ the checkpoint it was exported from. ONNX files name their weights by that table
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 
-from cvx_deploy.errors import BundleError
+from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import SchedulerKind, Shape, Traits
 from cvx_deploy.progress import Progress
 
 MANIFEST = "bundle.json"
-SCHEMA_VERSION = 1
+HASHES = "SHA256SUMS"
+SCHEMA_VERSION = 2
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DType = Literal["float32", "float16", "int64"]
 Positive = Annotated[int, msgspec.Meta(gt=0)]
+_TRANSFORMER = "transformer/"
 _AGAIN = "export the bundle again; run: cvx-deploy export --help"
+_SUFFIXES = {".json", ".onnx", ".safetensors"}
+_OF_A_BUNDLE = {"engines", HASHES}
 _SYMBOL = re.compile(r"([1-9]\d*\*)?[a-z_]+")
 
 
@@ -130,6 +135,22 @@ class Vae:
     tile_width: Positive
 
 
+@dataclass(frozen=True)
+class ShapeEntry:
+    """One video size a bundle makes, and what it is made with.
+
+    Attributes:
+        networks: Role (text_encoder, transformer, vae_decoder_first, ...) to the name of the network that plays it.
+    """
+
+    shape: Shape
+    networks: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if min(self.shape.frames, self.shape.height, self.shape.width) < 1:
+            raise ValueError(f"it names the shape {self.shape}")
+
+
 class SchedulerEntry(TypedDict):
     """The sampler the checkpoint recommends, and diffusers' ``scheduler_config.json``."""
 
@@ -138,21 +159,40 @@ class SchedulerEntry(TypedDict):
 
 
 @dataclass(frozen=True)
+class Lora:
+    """An adapter that was merged into the transformer.
+
+    Attributes:
+        path: The absolute path of its file.
+        scale: What it was multiplied by, besides what the file itself says.
+    """
+
+    path: str
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything ``bundle.json`` says.
 
     Attributes:
         model: The published model this is, or the name it was exported under.
+        shapes: The video sizes it makes; the first is the default.
         fps: Frames a second of the finished video.
+        networks: Every network by its name; sizes that need the same graph share it.
         checkpoint: The absolute folder the weights outside the bundle lie in.
         weights: Plain name, as ONNX files use it, to file.
-        provenance: Hub id or folder, and the versions of the tools that made the bundle.
+        transformer: The absolute folder of a fine-tuned transformer that stands in for the checkpoint's.
+        loras: What was merged into the transformer, in this order.
+        provenance: Where the checkpoint is from (source, revision, variant), and the versions of the tools that made
+            the bundle.
     """
 
     schema_version: int
     model: str
     traits: Traits
-    shape: Shape
+    shapes: Annotated[tuple[ShapeEntry, ...], msgspec.Meta(min_length=1)]
     fps: Positive
     precision: Precision
     text_length: Positive
@@ -163,10 +203,16 @@ class Manifest:
     checkpoint: str
     weights: dict[str, WeightFile]
     provenance: dict[str, str]
+    transformer: str | None = None
+    loras: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.shape.frames, self.shape.height, self.shape.width) < 1:
-            raise ValueError(f"its shape is {self.shape}")
+        if len({entry.shape for entry in self.shapes}) < len(self.shapes):
+            raise ValueError("it names a shape twice")
+        for entry in self.shapes:
+            for role, name in entry.networks.items():
+                if name not in self.networks:
+                    raise ValueError(f"its {role} at {entry.shape} is {name}, which is not among its networks")
 
     def to_json(self) -> bytes:
         """Return the text of ``bundle.json``."""
@@ -175,10 +221,16 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest, whose small files have been checked."""
+    """An opened bundle, whose small files have been checked, seen at one of its shapes.
+
+    Attributes:
+        path: Its folder.
+        index: Which of the manifest's shapes `shape` and `network` speak of.
+    """
 
     path: Path
     manifest: Manifest
+    index: int = 0
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
@@ -190,70 +242,159 @@ class Bundle:
         Raises:
             BundleError: Which file is missing, truncated, altered or foreign, and how to mend it.
         """
-        manifest = _read_manifest(path)
-        bundle = cls(path, manifest)
-        for stored in (manifest.tokenizer, *(network.file for network in manifest.networks.values())):
-            _check_hash(bundle.inside(stored.path), stored, bundle.remedy)
+        bundle = cls.read(path)
+        for stored in bundle.small_files:
+            bundle.check_file(stored)
         return bundle
+
+    @classmethod
+    def read(cls, path: Path) -> "Bundle":
+        """Read the manifest alone; what it names is not looked at."""
+        return cls(path, _read_manifest(path))
+
+    @property
+    def small_files(self) -> tuple[StoredFile, ...]:
+        """Every file of the bundle but its manifest and its weights."""
+        return (self.manifest.tokenizer, *(network.file for network in self.manifest.networks.values()))
+
+    def check_file(self, stored: StoredFile) -> None:
+        """Raise BundleError unless a file of the bundle is there, inside, with its size and hash."""
+        path = self.inside(stored.path)
+        _check_size(path, stored.size, self.remedy)
+        if sha256_of(path) != stored.sha256:
+            raise BundleError(
+                f"{path} was altered, or belongs to another bundle (its SHA-256 differs)", fix=self.remedy
+            )
 
     @property
     def remedy(self) -> str:
         """How to make this bundle anew."""
-        manifest, shape = self.manifest, self.manifest.shape
-        options = {
-            "model": manifest.model,
-            "checkpoint": manifest.checkpoint,
-            "frames": shape.frames,
-            "height": shape.height,
-            "width": shape.width,
-            "precision": manifest.precision,
-            "output": self.path,
-        }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        copied = ["--copy-weights"] if any(entry.in_bundle for entry in manifest.weights.values()) else []
-        return "run: " + shlex.join(["cvx-deploy", "export", *words, *copied])
+        return "run: " + self.export_command(self.shapes)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Every video size the bundle makes."""
+        return tuple(entry.shape for entry in self.manifest.shapes)
+
+    @property
+    def shape(self) -> Shape:
+        """The video size the bundle is seen at."""
+        return self.manifest.shapes[self.index].shape
+
+    def at(self, shape: Shape) -> "Bundle":
+        """Return the same bundle seen at another of its shapes."""
+        if shape not in self.shapes:
+            raise ShapeError(
+                f"{self.path} makes no videos of {shape} (it makes {', '.join(map(str, self.shapes))})",
+                fix="run: " + self.export_command((*self.shapes, shape)),
+            )
+        return replace(self, index=self.shapes.index(shape))
+
+    def export_command(self, shapes: Iterable[Shape]) -> str:
+        """Return the command that makes this bundle, at these shapes."""
+        manifest = self.manifest
+        options = [
+            ("model", manifest.model),
+            ("checkpoint", manifest.provenance.get("source", manifest.checkpoint)),
+            *((name, manifest.provenance[name]) for name in ("revision", "variant") if name in manifest.provenance),
+            *(("shape", shape) for shape in shapes),
+            ("precision", manifest.precision),
+            ("output", self.path),
+        ]
+        if manifest.transformer is not None:
+            options.append(("transformer", manifest.transformer))
+        options += [("lora", f"{lora.path}:{lora.scale!r}") for lora in manifest.loras]
+        words = [word for name, value in options for word in (f"--{name}", str(value))]
+        copied = all(entry.in_bundle for entry in manifest.weights.values())
+        return shlex.join(["cvx-deploy", "export", *words, *(["--copy-weights"] if copied else [])])
 
     def inside(self, relative: str) -> Path:
         """Return the absolute path of a file of the bundle, refusing one that leaves it."""
         return _contained(self.path, relative, f"the manifest of {self.path}")
 
-    def onnx_path(self, network: str) -> Path:
-        """Return where a network's ONNX file lies."""
-        return self.inside(self.network(network).file.path)
+    def onnx_path(self, role: str) -> Path:
+        """Return where the ONNX file of a role's network lies."""
+        return self.inside(self.network(role).file.path)
 
-    def network(self, name: str) -> Network:
-        """Return a network of the manifest, or say that the bundle has none of that name."""
-        if name not in self.manifest.networks:
-            have = ", ".join(sorted(self.manifest.networks))
-            raise BundleError(f"{self.path} has no network {name} (it has {have})", fix=self.remedy)
-        return self.manifest.networks[name]
+    def has(self, role: str) -> bool:
+        """Whether this shape needs a network of that role."""
+        return role in self.manifest.shapes[self.index].networks
+
+    def network(self, role: str) -> Network:
+        """Return the network that plays a role at this shape, or say that there is none."""
+        networks = self.manifest.shapes[self.index].networks
+        if role not in networks:
+            have = ", ".join(sorted(networks))
+            raise BundleError(f"{self.path} has no network {role} at {self.shape} (it has {have})", fix=self.remedy)
+        return self.manifest.networks[networks[role]]
 
     def weight_path(self, name: str, progress: Progress) -> Path:
         """Return where a weight file lies, after making sure that it is the one the bundle was made from.
 
         A file whose time stamp changed since it was hashed is hashed again.
         """
+        path = self.locate_weight(name)
+        if path.stat().st_mtime_ns != self.manifest.weights[name].mtime_ns:
+            self.check_weight(name, progress)
+        return path
+
+    def check_weight(self, name: str, progress: Progress) -> None:
+        """Hash a weight file, whatever its time stamp, and raise BundleError when it was altered."""
+        path, entry = self.locate_weight(name), self.manifest.weights[name]
+        with progress.task(f"check {path.name}", entry.size) as advance:
+            found = sha256_of(path, advance)
+        if found != entry.sha256:
+            raise BundleError(
+                f"{path} was altered since the bundle {self.path} was made", fix=self._weight_remedy(name)
+            )
+
+    def locate_weight(self, name: str) -> Path:
+        """Return where a weight file lies, with the right size; its content is not looked at."""
         if name not in self.manifest.weights:
             raise BundleError(f"{self.path}: no weight file named {name} in the manifest", fix=self.remedy)
         entry = self.manifest.weights[name]
-        root = self.path if entry.in_bundle else Path(self.manifest.checkpoint)
-        path = _contained(root, entry.path, f"the weight table of {self.path}", resolve=entry.in_bundle)
-        fix = (
-            self.remedy
-            if entry.in_bundle
-            else f"put the checkpoint back at {root}, or run the command again with --checkpoint DIR"
-        )
-        _check_size(path, entry.size, fix)
-        if path.stat().st_mtime_ns != entry.mtime_ns:
-            with progress.task(f"check {path.name}", entry.size) as advance:
-                altered = sha256_of(path, advance) != entry.sha256
-            if altered:
-                raise BundleError(f"{path} was altered since the bundle {self.path} was made", fix=fix)
+        root, relative = self.weight_home(entry)
+        path = _contained(root, relative, f"the weight table of {self.path}", resolve=entry.in_bundle)
+        _check_size(path, entry.size, self._weight_remedy(name))
         return path
+
+    def weight_home(self, entry: WeightFile) -> tuple[Path, str]:
+        """Return the folder that a weight file lies in, and its path there."""
+        if entry.in_bundle:
+            return self.path, entry.path
+        if self.manifest.transformer is not None and entry.path.startswith(_TRANSFORMER):
+            return Path(self.manifest.transformer), entry.path.removeprefix(_TRANSFORMER)
+        return Path(self.manifest.checkpoint), entry.path
+
+    def _weight_remedy(self, name: str) -> str:
+        entry = self.manifest.weights[name]
+        if entry.in_bundle:
+            return self.remedy
+        root, relative = self.weight_home(entry)
+        if relative != entry.path:
+            return f"put the transformer back at {root}, or {self.remedy}"
+        if "revision" in self.manifest.provenance:
+            return self.remedy  # fetches it again
+        return f"put the checkpoint back at {root}, or run the command again with --checkpoint DIR"
 
     def with_checkpoint(self, checkpoint: Path) -> "Bundle":
         """Return the same bundle with its outside weights taken from another copy of the checkpoint."""
-        return Bundle(self.path, replace(self.manifest, checkpoint=str(checkpoint.absolute())))
+        place = str(checkpoint.absolute())
+        kept = {key: value for key, value in self.manifest.provenance.items() if key != "revision"}
+        return replace(self, manifest=replace(self.manifest, checkpoint=place, provenance=kept | {"source": place}))
+
+
+def may_replace(output: Path) -> bool:
+    """Whether a folder is a bundle, which is replaced as a whole; raise when it holds anything of the user's too."""
+    if not (output / MANIFEST).is_file():
+        return False
+    for entry in output.iterdir():
+        if entry.name not in _OF_A_BUNDLE and not (entry.is_file() and entry.suffix in _SUFFIXES):
+            raise OutputError(
+                f"{output} holds {entry.name}, which is not of a bundle, and would be lost",
+                fix="move it away, or choose another --output",
+            )
+    return True
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -263,7 +404,19 @@ def _read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}", fix="name a bundle with --bundle DIR")
     try:
-        raw = msgspec.json.decode(file.read_bytes())
+        return manifest_from_json(file.read_bytes(), str(file))
+    except OSError as error:
+        raise BundleError(f"cannot read {file}: {error.strerror}", fix="check the file's permissions") from error
+
+
+def manifest_from_json(text: bytes, file: str) -> Manifest:
+    """Read the text of a ``bundle.json``, which lies at `file`, strictly; see `Manifest.to_json`.
+
+    Raises:
+        BundleError: It is damaged, or of another schema version.
+    """
+    try:
+        raw = msgspec.json.decode(text)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA_VERSION:
             raise BundleError(
@@ -273,8 +426,6 @@ def _read_manifest(path: Path) -> Manifest:
         return msgspec.convert(raw, Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{file} is damaged: {error}", fix=_AGAIN) from error
-    except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror}", fix="check the file's permissions") from error
 
 
 def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -> Path:
@@ -297,9 +448,3 @@ def _check_size(path: Path, size: int, fix: str) -> None:
     found = path.stat().st_size
     if found != size:
         raise BundleError(f"{path} has {found:,} bytes instead of {size:,}", fix=fix)
-
-
-def _check_hash(path: Path, stored: StoredFile, fix: str) -> None:
-    _check_size(path, stored.size, fix)
-    if sha256_of(path) != stored.sha256:
-        raise BundleError(f"{path} was altered, or belongs to another bundle (its SHA-256 differs)", fix=fix)

@@ -13,7 +13,8 @@ def describe(bundle: Bundle) -> str:
 def _lines(bundle: Bundle) -> Iterator[str]:
     manifest = bundle.manifest
     traits = manifest.traits
-    yield f"{manifest.model}: {traits.task}, {traits.positions} positions, {manifest.shape} at {manifest.fps} fps"
+    shapes = ", ".join(map(str, bundle.shapes))
+    yield f"{manifest.model}: {traits.task}, {traits.positions} positions, {shapes} at {manifest.fps} fps"
     scheduler = manifest.scheduler["kind"]
     yield f"computes in {manifest.precision}; scheduler {scheduler}; {manifest.text_length} text tokens"
     for name, network in manifest.networks.items():
@@ -25,9 +26,15 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             yield f"  and {count} causal cache{'s' * (count != 1)}, handed from one chunk to the next"
     yield "\nweights"
     for name, entry in manifest.weights.items():
-        place = "in the bundle" if entry.in_bundle else f"in {manifest.checkpoint}"
+        place = "in the bundle" if entry.in_bundle else f"in {bundle.weight_home(entry)[0]}"
         yield f"  {name}  {_size(entry.size)}  {place}  sha256 {entry.sha256[:12]}"
-    yield "\nmade with " + ", ".join(f"{tool} {version}" for tool, version in manifest.provenance.items())
+    for lora in manifest.loras:
+        yield f"  merged with {lora.path}  scale {lora.scale:g}  sha256 {lora.sha256[:12]}"
+    origin = {key: manifest.provenance[key] for key in ("source", "revision", "variant") if key in manifest.provenance}
+    if origin:
+        yield "\nfrom " + ", ".join(value if key == "source" else f"{key} {value}" for key, value in origin.items())
+    tools = (f"{tool} {version}" for tool, version in manifest.provenance.items() if tool not in origin)
+    yield f"{'' if origin else chr(10)}made with {', '.join(tools)}"
 
 
 def _tensor(spec: TensorSpec) -> str:

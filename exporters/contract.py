@@ -56,7 +56,7 @@ class NetworkContract(ExporterConfig):  # type: ignore[misc]
     """One network to export: its traceable module, inputs, outputs, and where its weights come from.
 
     Attributes:
-        name: The network's name in the bundle.
+        name: The network's role in the bundle.
         component: The checkpoint folder its weights lie in.
         max_int: Integer inputs lie below it.
         ATOL_FOR_VALIDATION: Largest error in fp32 against eager, over the largest output: float32 sums in another
@@ -83,6 +83,11 @@ class NetworkContract(ExporterConfig):  # type: ignore[misc]
     @abstractmethod
     def output_specs(self) -> tuple[TensorSpec, ...]:
         """Outputs in the order in which ``forward`` returns them."""
+
+    @property
+    def interface(self) -> tuple[str, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """What tells the networks of one checkpoint and precision apart: role, inputs, outputs."""
+        return self.name, self.input_specs, self.output_specs
 
     @property
     def state(self) -> dict[str, str]:

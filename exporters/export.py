@@ -1,9 +1,10 @@
 """A checkpoint in, a bundle out."""
 
 import importlib.metadata
-import shutil
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -15,26 +16,28 @@ from cvx_deploy.bundle import (
     Manifest,
     Network,
     Precision,
+    ShapeEntry,
     StoredFile,
     Vae,
     WeightFile,
+    may_replace,
 )
-from cvx_deploy.errors import OutputError
+from cvx_deploy.errors import ShapeError
 from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.lora import merge_adapters, read_adapters
 from cvx_deploy.exporters.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.tokenizer import write_tokenizer_json
 from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
 from cvx_deploy.exporters.transformer import TransformerContract
 from cvx_deploy.exporters.vae import VaeContract
-from cvx_deploy.files import sha256_of, staged_directory
+from cvx_deploy.files import place_file, sha256_of, staged_directory
 from cvx_deploy.models import MODELS, Shape, model_with_traits
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.runtime.scheduler import SchedulerConfig
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 _TOKENIZER = "tokenizer.json"
-_SUFFIXES = {".json", ".onnx", ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,14 @@ class ExportRequest:
         model: A published model's name, which the checkpoint must then be, or any other name.
         checkpoint: A folder in diffusers layout.
         frames: Video frames; None for the model's default, likewise `height` and `width` in pixels.
+        shapes: Several sizes in one bundle, the default first, in place of those three.
         precision: What the networks compute in, whatever the checkpoint stores.
         copy_weights: Whether to put the weight files into the bundle rather than point at the checkpoint.
+        transformer: The folder of a fine-tuned transformer in place of the checkpoint's.
+        loras: Adapters to be merged into the transformer, file or folder, and the scale of each, in this order.
+        variant: Which weight files to read where the checkpoint has several, such as fp16.
+        source: Where `checkpoint` was fetched from, such as a hub id; None for a folder of the user's own.
+        revision: The commit that was fetched.
     """
 
     model: str
@@ -56,6 +65,16 @@ class ExportRequest:
     width: int | None = None
     precision: Precision = "fp32"
     copy_weights: bool = False
+    shapes: tuple[Shape, ...] = ()
+    transformer: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    variant: str | None = None
+    source: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shapes and any(size is not None for size in (self.frames, self.height, self.width)):
+            raise ShapeError("both shapes and the sizes of one are given", fix="name every video size as a shape")
 
 
 def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progress | None = None) -> Bundle:
@@ -65,28 +84,47 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
         CheckpointError, WrongModelError, ShapeError, OutputError: As each says.
     """
     progress = progress or SilentProgress()
-    checkpoint = Checkpoint(request.checkpoint)
-    checkpoint.require_model(request.model)
-    shape = shape_of(request, checkpoint)
+    checkpoint = Checkpoint(request.checkpoint, request.variant, request.transformer)
+    shapes = check_request(request, checkpoint)
     SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
-    contracts = contracts_for(checkpoint, shape, request.precision)
+    contracts, entries = named_contracts(
+        {shape: contracts_for(checkpoint, shape, request.precision) for shape in shapes}
+    )
     _check_components(checkpoint, contracts)
-    with staged_directory(output, replace=_may_replace(output)) as staging:
+    adapters = read_adapters(request.loras, checkpoint.tensors("transformer"), progress)
+    with staged_directory(output, replace=may_replace(output)) as staging:
         write_tokenizer_json(checkpoint.root / "tokenizer", staging / _TOKENIZER)
+        if adapters:
+            checkpoint = merge_adapters(adapters, checkpoint, request.precision, staging, progress)
         networks = {}
-        for contract in contracts:
-            with progress.task(f"trace {contract.name}"):
-                networks[contract.name] = _write_network(contract, checkpoint, staging)
+        for name, contract in contracts.items():
+            with progress.task(f"trace {name}"):
+                networks[name] = _write_network(contract, checkpoint, staging / f"{name}.onnx")
         weights = _weight_table(checkpoint, networks, progress)
         if request.copy_weights:
             weights = _copy_weights(checkpoint, weights, staging, progress)
-        manifest = _manifest(request, checkpoint, shape, networks, weights, staging)
+        loras = tuple(adapter.entry for adapter in adapters)
+        manifest = replace(_manifest(request, checkpoint, entries, networks, weights, staging), loras=loras)
         (staging / MANIFEST).write_bytes(manifest.to_json())
     return Bundle.open(output)
 
 
-def shape_of(request: ExportRequest, checkpoint: Checkpoint) -> Shape:
-    """Return the shape asked for, filled up with the model's defaults, after checking that the checkpoint can do it."""
+def check_request(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape, ...]:
+    """Return the shapes asked for, after making sure that the checkpoint is the model asked for and can do them."""
+    checkpoint.require_model(request.model)
+    return shapes_of(request, checkpoint)
+
+
+def shapes_of(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape, ...]:
+    """Return the shapes asked for, each once, after checking that the checkpoint can do them."""
+    shapes = tuple(dict.fromkeys(request.shapes)) or (_filled_up(request, checkpoint),)
+    for shape in shapes:
+        checkpoint.limits.check(shape)
+    return shapes
+
+
+def _filled_up(request: ExportRequest, checkpoint: Checkpoint) -> Shape:
+    """Return the one shape asked for, filled up with the model's defaults."""
     transformer = checkpoint.configs["transformer"]
     limits = checkpoint.limits
     default = Shape(int(transformer["sample_frames"]), limits.sample_height, limits.sample_width)
@@ -94,13 +132,35 @@ def shape_of(request: ExportRequest, checkpoint: Checkpoint) -> Shape:
     trained = (transformer["sample_height"], transformer["sample_width"])
     if model is not None and trained == (model.sample_height, model.sample_width):
         default = Shape(model.frames, model.height, model.width)
-    shape = Shape(
+    return Shape(
         default.frames if request.frames is None else request.frames,
         default.height if request.height is None else request.height,
         default.width if request.width is None else request.width,
     )
-    limits.check(shape)
-    return shape
+
+
+def named_contracts(
+    needed: dict[Shape, list[NetworkContract]],
+) -> tuple[dict[str, NetworkContract], tuple[ShapeEntry, ...]]:
+    """Return every network to trace, by name, and which of them each shape uses.
+
+    A network that several shapes need is traced once. Its name is its role's, unless the shapes need different ones:
+    then each is named after the first shape that needs it, such as ``transformer_25x480x720``.
+    """
+    first: dict[str, dict[Hashable, Shape]] = {}
+    for shape, contracts in needed.items():
+        for contract in contracts:
+            first.setdefault(contract.name, {}).setdefault(contract.interface, shape)
+
+    def name(contract: NetworkContract) -> str:
+        variants = first[contract.name]
+        return contract.name if len(variants) == 1 else f"{contract.name}_{variants[contract.interface]}"
+
+    entries = tuple(
+        ShapeEntry(shape, {contract.name: name(contract) for contract in contracts})
+        for shape, contracts in needed.items()
+    )
+    return {name(contract): contract for contracts in needed.values() for contract in contracts}, entries
 
 
 def contracts_for(checkpoint: Checkpoint, shape: Shape, precision: Precision) -> list[NetworkContract]:
@@ -109,12 +169,12 @@ def contracts_for(checkpoint: Checkpoint, shape: Shape, precision: Precision) ->
     temporal = checkpoint.limits.temporal
     spatial = 2 ** (len(vae["block_out_channels"]) - 1)
     contracts: list[NetworkContract] = []
-    with sensible_config(checkpoint.root / "text_encoder"):
+    with sensible_config(checkpoint.place("text_encoder")):
         text_length = transformer["max_text_seq_length"]
         contracts.append(TextEncoderContract(checkpoint.configs["text_encoder"], precision, text_length))
-    with sensible_config(checkpoint.root / "transformer"):
+    with sensible_config(checkpoint.place("transformer")):
         contracts.append(TransformerContract(transformer, precision, shape, spatial, temporal))
-    with sensible_config(checkpoint.root / "vae"):
+    with sensible_config(checkpoint.place("vae")):
         contracts += _encoder_contracts(checkpoint, shape, precision)
         frames = -(-shape.frames // temporal)
         contracts += _chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", frames, 2)
@@ -143,31 +203,17 @@ def _chunk_contracts(
     return contracts
 
 
-def _check_components(checkpoint: Checkpoint, contracts: list[NetworkContract]) -> None:
+def _check_components(checkpoint: Checkpoint, contracts: dict[str, NetworkContract]) -> None:
     """Read every weight header before any tracing, so that a damaged shard is known at once."""
-    for component in {contract.component for contract in contracts}:
+    for component in {contract.component for contract in contracts.values()}:
         checkpoint.tensors(component)
 
 
-def _may_replace(output: Path) -> bool:
-    """Whether a folder is a bundle, which is replaced as a whole; raise when it holds anything of the user's too."""
-    if not (output / MANIFEST).is_file():
-        return False
-    for entry in output.iterdir():
-        if entry.name != "engines" and not (entry.is_file() and entry.suffix in _SUFFIXES):
-            raise OutputError(
-                f"{output} holds {entry.name}, which is not of a bundle, and would be lost",
-                fix="move it away, or choose another --output",
-            )
-    return True
-
-
-def _write_network(contract: NetworkContract, checkpoint: Checkpoint, staging: Path) -> Network:
-    where = checkpoint.root / contract.component
+def _write_network(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:
+    where = checkpoint.place(contract.component)
     model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where)
     model.producer_name, model.producer_version = "cvx-deploy", __version__
-    model.graph.name = contract.name
-    path = staging / f"{contract.name}.onnx"
+    model.graph.name = path.stem
     ir.save(model, path)
     external = (value.const_value for value in model.graph.initializers.values())
     locations = {str(tensor.location) for tensor in external if isinstance(tensor, ir.ExternalTensor)}
@@ -185,7 +231,7 @@ def _weight_table(checkpoint: Checkpoint, networks: dict[str, Network], progress
         for component in ("text_encoder", "transformer", "vae")
         for tensor in checkpoint.tensors(component).values()
     }
-    total = sum((checkpoint.root / files[name]).stat().st_size for name in used)
+    total = sum(checkpoint.place(files[name]).stat().st_size for name in used)
     with progress.task("hash weights", total) as advance:
         return {name: checkpoint.weight_file(files[name], advance) for name in sorted(used)}
 
@@ -196,17 +242,19 @@ def _copy_weights(
     copied = {}
     with progress.task("copy weights", sum(entry.size for entry in weights.values())) as advance:
         for name, entry in weights.items():
-            shutil.copy2(checkpoint.root / entry.path, staging / name)
+            if entry.in_bundle:
+                copied[name] = entry
+                continue
+            place_file(checkpoint.place(entry.path), staging / name, advance)
             mtime = (staging / name).stat().st_mtime_ns
             copied[name] = WeightFile(name, entry.size, entry.sha256, mtime, in_bundle=True)
-            advance(entry.size)
     return copied
 
 
 def _manifest(
     request: ExportRequest,
     checkpoint: Checkpoint,
-    shape: Shape,
+    shapes: tuple[ShapeEntry, ...],
     networks: dict[str, Network],
     weights: dict[str, WeightFile],
     staging: Path,
@@ -217,7 +265,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         model=request.model,
         traits=checkpoint.traits,
-        shape=shape,
+        shapes=shapes,
         fps=published.fps if published else 8,
         precision=request.precision,
         text_length=checkpoint.configs["transformer"]["max_text_seq_length"],
@@ -226,22 +274,28 @@ def _manifest(
         tokenizer=_stored(staging / _TOKENIZER),
         networks=networks,
         checkpoint=str(checkpoint.root),
+        transformer=None if checkpoint.transformer is None else str(checkpoint.transformer),
         weights=weights,
-        provenance={"cvx-deploy": __version__} | {tool: importlib.metadata.version(tool) for tool in _TOOLS},
+        provenance=_provenance(request, checkpoint),
     )
 
 
-def _vae(config: dict[str, object]) -> Vae:
-    channels = config["block_out_channels"]
-    assert isinstance(channels, list)
-    spatial = 2 ** (len(channels) - 1)
+def _provenance(request: ExportRequest, checkpoint: Checkpoint) -> dict[str, str]:
+    source = request.source or str(checkpoint.root)
+    origin = {"source": source, "revision": request.revision, "variant": request.variant}
+    tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+    return {key: value for key, value in origin.items() if value} | {"cvx-deploy": __version__} | tools
+
+
+def _vae(config: dict[str, Any]) -> Vae:
+    """Read a ``vae/config.json``, whose types `Checkpoint` has made sure of."""
     return Vae(
-        scaling_factor=float(str(config["scaling_factor"])),
+        scaling_factor=float(config["scaling_factor"]),
         invert_scale_latents=bool(config.get("invert_scale_latents", False)),
-        latent_channels=int(str(config["latent_channels"])),
-        spatial=spatial,
-        temporal=int(float(str(config["temporal_compression_ratio"]))),
+        latent_channels=config["latent_channels"],
+        spatial=2 ** (len(config["block_out_channels"]) - 1),
+        temporal=int(config["temporal_compression_ratio"]),
         # diffusers' defaults: half the trained size, in whole latents
-        tile_height=int(str(config["sample_height"])) // 2,
-        tile_width=int(str(config["sample_width"])) // 2,
+        tile_height=config["sample_height"] // 2,
+        tile_width=config["sample_width"] // 2,
     )

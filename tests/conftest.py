@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,8 +60,9 @@ def exported(tiny: Tiny) -> Exported:
     """Return the bundle of a tiny checkpoint, at its own shape or at another; do not change it, copy it."""
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 
-    def bundle(name: str, **request: int) -> Bundle:
-        suffix = "".join(f"-{key}{value}" for key, value in request.items())
+    def bundle(name: str, **request: Any) -> Bundle:
+        words = {key: "+".join(map(str, value)) if key == "shapes" else value for key, value in request.items()}
+        suffix = "".join(f"-{key}{value}" for key, value in words.items())
         path = _cache() / "bundles" / f"{name}{suffix}"
         asked = ExportRequest(name, tiny(name), **request)
         _made(path, lambda: bundle_from_checkpoint(asked, path))

@@ -16,8 +16,7 @@ def without_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_write_network", _write_text)
 
 
-def _write_text(contract: NetworkContract, checkpoint: Checkpoint, staging: Path) -> Network:
-    path = staging / f"{contract.name}.onnx"
+def _write_text(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:
     path.write_text(f"{contract.name} of {contract.precision}")
     files = {tensor.file for tensor in checkpoint.tensors(contract.component).values()}
     weights = tuple(sorted(map(weight_location, files)))

@@ -23,12 +23,12 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """An engine that runs the networks of one bundle."""
+    """An engine that runs the networks of one bundle, at the shape the bundle is seen at."""
 
     bundle: Bundle
 
-    def load(self, network: str, sizes: Mapping[str, int]) -> AbstractContextManager[Session]:
-        """Load a network for as long as the block lasts, with its symbolic sizes fixed.
+    def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[Session]:
+        """Load the network of a role for as long as the block lasts, with its symbolic sizes fixed.
 
         Raises:
             BundleError: The network's files are missing, truncated or altered.

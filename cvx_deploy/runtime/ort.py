@@ -68,19 +68,19 @@ class OrtBackend:
         self._mapped: dict[str, NDArray[np.uint8]] = {}
 
     @contextlib.contextmanager
-    def load(self, network: str, sizes: Mapping[str, int]) -> Iterator[OrtSession]:
+    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OrtSession]:
         """Load a network for the block; see `Backend.load`."""
-        described = self.bundle.network(network)
-        graph = self.bundle.onnx_path(network).read_bytes()
+        described = self.bundle.network(role)
+        graph = self.bundle.onnx_path(role).read_bytes()
         options = self._options(described, dict(sizes))
         try:
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _ERRORS as error:
             raise EngineError(
-                f"ONNX Runtime cannot load {network}: {_first_line(error)}",
+                f"ONNX Runtime cannot load {role}: {_first_line(error)}",
                 fix="export the bundle again with this version of cvx-deploy",
             ) from error
-        yield OrtSession(network, described, session)
+        yield OrtSession(role, described, session)
 
     def to_host(self, tensor: onnxruntime.OrtValue) -> NDArray[Any]:
         """Return the tensor's values."""

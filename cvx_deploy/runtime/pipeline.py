@@ -7,26 +7,29 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Manifest
+from cvx_deploy.bundle import Bundle, Manifest
 from cvx_deploy.errors import CvxError, MediaError, OutputError, PromptError, ShapeError
-from cvx_deploy.models import SchedulerKind
+from cvx_deploy.files import staged_file
+from cvx_deploy.models import SchedulerKind, Shape
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.runtime import vae
 from cvx_deploy.runtime.backend import Backend
+from cvx_deploy.runtime.contact_sheet import ContactSheet
 from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
 from cvx_deploy.runtime.noise import Generator
 from cvx_deploy.runtime.sampler import Conditions, Latents, denoise
 from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
+from cvx_deploy.runtime.shapes import latent_shape, latents_header, padding
 from cvx_deploy.runtime.tokenizer import Tokenizer
-from cvx_deploy.runtime.video import check_writable, open_writer
+from cvx_deploy.runtime.video import check_file_place, check_writable, open_writer
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class RunRequest:
         vae_tiling: Whether the VAE works tile by tile, as diffusers' ``enable_tiling``: less memory, other pixels.
         save_latents: Where to keep the finished latents, ``.npy``, float32 (videos, F, C, H, W).
         from_latents: Finished latents to decode; nothing is denoised.
+        contact_sheet: Where to put a picture of some frames of each video, ``.png``.
     """
 
     prompts: tuple[str, ...]
@@ -66,6 +70,7 @@ class RunRequest:
     vae_tiling: bool = False
     save_latents: Path | None = None
     from_latents: Path | None = None
+    contact_sheet: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts and self.from_latents is None:
@@ -80,6 +85,8 @@ class RunRequest:
             raise PromptError("both an image and a video are given", fix="give one of --image and --video")
         if self.save_latents is not None and self.save_latents.suffix != ".npy":
             raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
+        if self.contact_sheet is not None and self.contact_sheet.suffix != ".png":
+            raise OutputError(f"{self.contact_sheet} is not a .png file", fix="use --contact-sheet FILE.png")
         if self.save_latents is not None and self.save_latents.absolute() == Path(self.output).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
 
@@ -117,10 +124,10 @@ def run(backend: Backend, request: RunRequest, progress: Progress | None = None)
     progress = progress or SilentProgress()
     report = RunReport()
     check_writable(request.output, _video_count(request))
-    if request.save_latents is not None:
-        _check_file_place(request.save_latents)
+    for place in filter(None, (request.save_latents, request.contact_sheet)):
+        check_file_place(place)
     if request.from_latents is not None:
-        latents = _read_latents(request.from_latents, backend.bundle.manifest)
+        latents = _read_latents(request.from_latents, backend.bundle)
     else:
         latents = make_latents(backend, request, progress, report)
     if request.save_latents is not None:
@@ -136,7 +143,7 @@ def make_latents(backend: Backend, request: RunRequest, progress: Progress, repo
     report.seeds = [request.seed + index for index in range(len(request.prompts) * request.num_videos)]
     generators = [Generator(seed) for seed in report.seeds]
     schedulers = [_scheduler(manifest, request) for _ in generators]
-    source = _source_pixels(manifest, request, progress)
+    source = _source_pixels(backend.bundle.shape, request, progress)
     with report.stage("text encoder"):
         prompt_embeds = _prompt_embeds(backend, request, progress)
     with report.stage("vae encode"):
@@ -150,7 +157,7 @@ def make_latents(backend: Backend, request: RunRequest, progress: Progress, repo
             backend.load("transformer", {"batch": 2 if guided else 1}) as session,
         ):
             for index, generator in enumerate(generators):
-                latents, image_latents = _start(manifest, schedulers[index], generator, encoded[index], request)
+                latents, image_latents = _start(backend.bundle, schedulers[index], generator, encoded[index], request)
                 conditions = Conditions(
                     prompt_embeds[index // request.num_videos],
                     request.guidance_scale,
@@ -161,14 +168,14 @@ def make_latents(backend: Backend, request: RunRequest, progress: Progress, repo
                 for step in denoise(backend, session, schedulers[index], latents, conditions, generator):
                     latents = step.latents
                     advance(1)
-                finished.append(latents[:, _padding(manifest) :])
+                finished.append(latents[:, padding(backend.bundle) :])
     return np.concatenate(finished)
 
 
 def _video_count(request: RunRequest) -> int:
     if request.from_latents is None:
         return len(request.prompts) * request.num_videos
-    return len(_latents_header(request.from_latents))
+    return len(latents_header(request.from_latents))
 
 
 def _check_task(backend: Backend, request: RunRequest) -> None:
@@ -186,12 +193,20 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
         raise PromptError(
             f"{manifest.model} starts from an image, not a video", fix="use a text-to-video model, or --image FILE"
         )
-    if request.video is not None and "vae_encoder" not in manifest.networks:
-        raise ShapeError(
-            f"video-to-video cannot be done at {manifest.shape.frames} frames: {manifest.model} needs "
-            "an even number of latent frames there",
-            fix=f"export with --frames {manifest.shape.frames // 8 * 8}",
-        )
+    if request.video is not None and not backend.bundle.has("vae_encoder"):
+        _refuse_video(backend.bundle)
+
+
+def _refuse_video(bundle: Bundle) -> NoReturn:
+    """Say which shape video-to-video can be done at, and how to come by it."""
+    period = 2 * bundle.manifest.vae.temporal
+    nearest = replace(bundle.shape, frames=max(bundle.shape.frames // period, 1) * period)
+    there = nearest in bundle.shapes
+    raise ShapeError(
+        f"video-to-video cannot be done at {bundle.shape.frames} frames: {bundle.manifest.model} needs "
+        "an even number of latent frames there",
+        fix=f"add --shape {nearest}" if there else f"run: {bundle.export_command((*bundle.shapes, nearest))}",
+    )
 
 
 def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
@@ -212,8 +227,7 @@ def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
 _SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 
 
-def _source_pixels(manifest: Manifest, request: RunRequest, progress: Progress) -> vae.Clip | None:
-    shape = manifest.shape
+def _source_pixels(shape: Shape, request: RunRequest, progress: Progress) -> vae.Clip | None:
     if request.image is not None:
         return load_image(request.image, shape.height, shape.width)
     if request.video is None:
@@ -267,48 +281,29 @@ def _encoded(
 
 
 def _start(
-    manifest: Manifest, scheduler: Scheduler, generator: Generator, encoded: Latents | None, request: RunRequest
+    bundle: Bundle, scheduler: Scheduler, generator: Generator, encoded: Latents | None, request: RunRequest
 ) -> tuple[Latents, Latents | None]:
     """Return the latents that denoising starts from, and the image latents that go along with them."""
-    scale = np.float32(manifest.vae.scaling_factor)
-    shape = _latent_shape(manifest)
+    facts = bundle.manifest.vae
+    scale = np.float32(facts.scaling_factor)
+    shape = latent_shape(bundle)
     if encoded is None:
         return generator.randn(shape), None
     if request.video is not None:
         return scheduler.add_noise(scale * encoded, generator.randn(shape), scheduler.start), None
     image_latents = np.zeros(shape, np.float32)
     # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
-    image_latents[:, :1] = encoded * (1 / scale if manifest.vae.invert_scale_latents else scale)
+    image_latents[:, :1] = encoded * (1 / scale if facts.invert_scale_latents else scale)
     return generator.randn(shape), image_latents
 
 
-def _latent_shape(manifest: Manifest) -> tuple[int, int, int, int, int]:
-    """Return the transformer's latents (B, F, C, H, W), padding frames included."""
-    vae_facts, shape = manifest.vae, manifest.shape
-    frames = -(-shape.frames // vae_facts.temporal) + _padding(manifest)
-    return (
-        1,
-        frames,
-        vae_facts.latent_channels,
-        shape.height // vae_facts.spatial,
-        shape.width // vae_facts.spatial,
-    )
-
-
-def _padding(manifest: Manifest) -> int:
-    """Return how many latent frames 1.5 adds in front, so that its temporal patches divide them."""
-    frames = -(-manifest.shape.frames // manifest.vae.temporal)
-    return -frames % (manifest.traits.patch_size_t or 1)
-
-
 def _decode(backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport) -> None:
-    manifest = backend.bundle.manifest
-    video = VideoFormat(
-        manifest.shape.frames, manifest.shape.height, manifest.shape.width, manifest.fps, videos=len(latents)
-    )
+    manifest, shape = backend.bundle.manifest, backend.bundle.shape
+    video = VideoFormat(shape.frames, shape.height, shape.width, manifest.fps, videos=len(latents))
     chunks = vae.count_chunks(backend, vae.DECODER, latents.shape[1]) * len(latents)
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, vae.DECODER, *latents.shape[3:])
+    sheet = ContactSheet(video) if request.contact_sheet is not None else None
     with open_writer(request.output, video) as writer, progress.task("decode", chunks) as advance:
         for clip in latents:
             # diffusers computes 1 / scale in double and multiplies
@@ -320,8 +315,13 @@ def _decode(backend: Backend, request: RunRequest, latents: Latents, progress: P
                 if piece is None:
                     break
                 with report.stage("write video"):
-                    writer.write(_frames(piece))
+                    frames = _frames(piece)
+                    writer.write(frames)
+                    if sheet is not None:
+                        sheet.add(frames)
     report.paths = list(writer.paths)
+    if sheet is not None and request.contact_sheet is not None:
+        sheet.save(request.contact_sheet)
 
 
 def _frames(piece: vae.Clip) -> NDArray[np.float32]:
@@ -330,38 +330,15 @@ def _frames(piece: vae.Clip) -> NDArray[np.float32]:
     return frames
 
 
-def _check_file_place(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"{path} cannot be written", fix="name a file in a folder that exists")
-    check_writable(path)
-
-
 def _write_latents(path: Path, latents: Latents) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, latents)
-        temporary.rename(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", fix="choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, latents)
 
 
-def _latents_header(path: Path) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.ndim == 0:
-            raise ValueError("it is an archive or a single number")
-    except (OSError, ValueError, EOFError) as error:
-        raise MediaError(f"{path} holds no latents: {error}", fix="use a file that --save-latents wrote") from error
-    return array
-
-
-def _read_latents(path: Path, manifest: Manifest) -> Latents:
-    array = _latents_header(path)
-    _, padded, *rest = _latent_shape(manifest)
-    expected = (padded - _padding(manifest), *rest)
+def _read_latents(path: Path, bundle: Bundle) -> Latents:
+    array = latents_header(path)
+    _, padded, *rest = latent_shape(bundle)
+    expected = (padded - padding(bundle), *rest)
     if array.dtype != np.float32 or array.shape[1:] != expected or not len(array):
         raise ShapeError(
             f"{path} holds {array.dtype} of shape {array.shape}, not float32 (videos, {', '.join(map(str, expected))})",

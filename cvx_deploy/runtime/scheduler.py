@@ -11,7 +11,7 @@ a step starts from; ``alpha_prev`` is the same at the timestep it goes to.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -100,10 +100,6 @@ class SchedulerConfig:
         if config.get("trained_betas") is not None:
             raise _refuse("trained_betas", config["trained_betas"], "null (a list of betas is not supported)")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON values; `from_config` reads it back."""
-        return asdict(self)
 
 
 def _check_type(key: str, value: object, kind: type) -> None:

@@ -48,9 +48,9 @@ DECODER = Half("vae_decoder_first", "vae_decoder_next", 1)
 
 def count_chunks(backend: Backend, half: Half, frames: int) -> int:
     """Return how many chunks a clip of `frames` (latent frames for the decoder) is worked through in."""
-    networks = backend.bundle.manifest.networks
-    first = _frames(backend, half.first)
-    return 1 if half.following not in networks else 1 + (frames - first) // _frames(backend, half.following)
+    if not backend.bundle.has(half.following):
+        return 1
+    return 1 + (frames - _frames(backend, half.first)) // _frames(backend, half.following)
 
 
 @dataclass(frozen=True)

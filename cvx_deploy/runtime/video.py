@@ -19,10 +19,10 @@ from typing import Self
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cvx_deploy.errors import MediaError, OutputError, ShapeError
-from cvx_deploy.runtime.encoders import CODECS, ENCODERS, FOLDER, Encoder, VideoFormat, as_bytes
+from cvx_deploy.files import take_place
+from cvx_deploy.runtime.encoders import CODECS, ENCODERS, FOLDER, Encoder, VideoFormat
 
 _FRAME_NAME = re.compile(r"\d{4,}\.png")
 
@@ -144,28 +144,25 @@ def check_writable(path: Path | str, videos: int = 1) -> None:
                 _check_file(target)
 
 
+def check_file_place(path: Path) -> None:
+    """Make sure that a file can be put at `path`, in a folder that exists; creates nothing.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    with _stating(path):
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written", fix="name a file in a folder that exists")
+        _check_parent(path)
+        _check_file(path)
+
+
 def numbered(path: Path | str, index: int, count: int) -> Path:
     """Name the place of video `index` of `count`: ``out-0.mp4`` for several, ``out/0`` in a folder, one ``.npy``."""
     suffix, path = _suffix(path), Path(path)
     if count == 1 or suffix == ".npy":
         return path
     return path / str(index) if suffix == FOLDER else path.with_stem(f"{path.stem}-{index}")
-
-
-def contact_sheet(frames: NDArray[np.float32], columns: int) -> Image.Image:
-    """Lay evenly chosen frames, the first and the last among them, side by side with white gaps.
-
-    Args:
-        frames: (n, height, width, 3), RGB in [0, 1].
-        columns: How many frames to show; all of them when there are fewer.
-    """
-    chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-    _, height, width, _ = frames.shape
-    gap = max(width // 32, 1)
-    sheet = Image.new("RGB", (len(chosen) * (width + gap) - gap, height), "white")
-    for column, pixels in enumerate(as_bytes(frames[chosen])):
-        sheet.paste(Image.fromarray(pixels), (column * (width + gap), 0))
-    return sheet
 
 
 def _suffix(path: Path | str) -> str:
@@ -223,20 +220,12 @@ def _check_folder(path: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Rename a whole video onto its place; an earlier folder of frames stands aside until the new one is there."""
-    if not (temporary.is_dir() and target.exists()):
+    """Rename a whole video, a file or a folder of frames, onto its place."""
+    if temporary.is_dir():
+        _check_folder(target)  # hours may have passed
+        take_place(temporary, target)
+    else:
         temporary.replace(target)
-        return
-    _check_folder(target)  # hours may have passed
-    earlier = _temporary(target)
-    try:
-        target.rename(earlier)
-        temporary.rename(target)
-    except BaseException:
-        if earlier.exists() and not target.exists():
-            earlier.rename(target)
-        raise
-    _remove(earlier)
 
 
 def _remove(temporary: Path) -> None:

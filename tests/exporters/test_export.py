@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from cvx_deploy.bundle import MANIFEST, Bundle, Precision
 from cvx_deploy.errors import BundleError, CheckpointError, OutputError, ShapeError
 from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.contract import NetworkContract
-from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, contracts_for, shape_of
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, contracts_for, named_contracts, shapes_of
 from cvx_deploy.exporters.synth_configs import (
     Scale,
     model_index,
@@ -50,30 +52,30 @@ def configs(root: Path, name: str, scale: Scale) -> Checkpoint:
     return Checkpoint(root)
 
 
-def asked(name: str, **sizes: int) -> ExportRequest:
+def asked(name: str, **sizes: Any) -> ExportRequest:
     return ExportRequest(name, Path("unused"), **sizes)
 
 
 def test_the_default_shape_of_a_published_checkpoint_is_its_authors(tmp_path: Path, model_name: str) -> None:
     model = MODELS[model_name]
-    shape = shape_of(asked(model_name), configs(tmp_path, model_name, "full"))
-    assert shape == Shape(model.frames, model.height, model.width)
+    shapes = shapes_of(asked(model_name), configs(tmp_path, model_name, "full"))
+    assert shapes == (Shape(model.frames, model.height, model.width),)
 
 
 def test_the_default_shape_of_another_checkpoint_is_its_samples(tmp_path: Path) -> None:
-    assert shape_of(asked("5b"), configs(tmp_path, "5b", "tiny")) == Shape(9, 80, 112)
+    assert shapes_of(asked("5b"), configs(tmp_path, "5b", "tiny")) == (Shape(9, 80, 112),)
 
 
 def test_what_is_asked_for_goes_before_defaults(tmp_path: Path) -> None:
     checkpoint = configs(tmp_path, "5b", "tiny")
-    assert shape_of(asked("5b", frames=17), checkpoint) == Shape(17, 80, 112)
-    assert shape_of(asked("5b", height=96, width=64), checkpoint) == Shape(9, 96, 64)
+    assert shapes_of(asked("5b", frames=17), checkpoint) == (Shape(17, 80, 112),)
+    assert shapes_of(asked("5b", height=96, width=64), checkpoint) == (Shape(9, 96, 64),)
 
 
 @pytest.mark.parametrize("axis", ["frames", "height", "width"])
 def test_zero_is_refused_rather_than_taken_for_the_default(tmp_path: Path, axis: str) -> None:
     with pytest.raises(ShapeError, match=f"use --{axis}"):
-        shape_of(asked("5b", **{axis: 0}), configs(tmp_path, "5b", "tiny"))
+        shapes_of(asked("5b", **{axis: 0}), configs(tmp_path, "5b", "tiny"))
 
 
 Contracts = Callable[..., list[NetworkContract]]
@@ -199,7 +201,7 @@ def test_a_bundle_says_what_the_runtime_must_know(tiny: Tiny, tmp_path: Path, mo
     manifest = bundle_from_checkpoint(request, tmp_path / "bundle").manifest
     model = MODELS[model_name]
     assert (manifest.model, manifest.traits, manifest.precision) == (model_name, model.traits, "fp16")
-    assert (manifest.shape.frames, manifest.fps, manifest.text_length) == (17, model.fps, 226)
+    assert (manifest.shapes[0].shape.frames, manifest.fps, manifest.text_length) == (17, model.fps, 226)
     assert manifest.scheduler["kind"] == model.scheduler
     assert manifest.scheduler["config"]["snr_shift_scale"] == model.snr_shift_scale
     assert (manifest.vae.scaling_factor, manifest.vae.invert_scale_latents) == (
@@ -209,6 +211,49 @@ def test_a_bundle_says_what_the_runtime_must_know(tiny: Tiny, tmp_path: Path, mo
     assert (manifest.vae.spatial, manifest.vae.temporal, manifest.vae.latent_channels) == (8, 4, 16)
     assert (manifest.vae.tile_height, manifest.vae.tile_width) == (48, 40)
     assert {"cvx-deploy", "torch", "diffusers", "onnxscript"} <= manifest.provenance.keys()
+
+
+@pytest.mark.usefixtures("_untraced")
+def test_shapes_of_one_bundle_share_every_graph_that_is_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    shapes = (Shape(17, 80, 112), Shape(25, 48, 64), Shape(17, 80, 112))
+    bundle = bundle_from_checkpoint(ExportRequest("5b", tiny("5b"), shapes=shapes), tmp_path / "bundle")
+    assert bundle.shapes == shapes[:2]
+    vae = {"vae_encoder", "vae_encoder_next", "vae_decoder_first", "vae_decoder_next"}
+    transformers = {"transformer_17x80x112", "transformer_25x48x64"}
+    assert set(bundle.manifest.networks) == {"text_encoder", *transformers, *vae}
+    for shape, name in zip(bundle.shapes, sorted(transformers), strict=True):
+        assert bundle.at(shape).network("transformer") == bundle.manifest.networks[name]
+        assert bundle.at(shape).network("vae_decoder_next") == bundle.manifest.networks["vae_decoder_next"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "doubled"),
+    [
+        ("5b", (Shape(9, 80, 112), Shape(8, 80, 112)), {"transformer", "vae_decoder_first", "vae_encoder"}),
+        ("5b", (Shape(9, 80, 112), Shape(9, 96, 112)), {"transformer"}),
+        ("5b", (Shape(9, 80, 112), Shape(17, 80, 112)), {"transformer", "vae_decoder_first", "vae_encoder"}),
+        ("1.5-5b", (Shape(17, 80, 112), Shape(24, 80, 112)), {"vae_decoder_first"}),  # 5 + 1 and 6 latent frames
+    ],
+)
+def test_networks_are_named_after_shapes_only_where_they_differ(
+    tmp_path: Path, name: str, shapes: tuple[Shape, ...], doubled: set[str]
+) -> None:
+    checkpoint = configs(tmp_path, name, "tiny")
+    contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, "fp32") for shape in shapes})
+    assert {entry.networks[role] for entry in entries for role in entry.networks} == set(contracts)
+    assert {name for name in contracts if re.search(r"_\d+x", name)} == {
+        f"{role}_{shape}" for role in doubled for shape in shapes
+    }
+
+
+def test_several_shapes_are_checked_one_by_one(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="10 frames"):
+        shapes_of(
+            ExportRequest("5b", tmp_path, shapes=(Shape(9, 80, 112), Shape(10, 80, 112))),
+            configs(tmp_path, "5b", "tiny"),
+        )
+    with pytest.raises(ShapeError, match="both shapes and the sizes of one"):
+        ExportRequest("5b", tmp_path, shapes=(Shape(9, 80, 112),), frames=9)
 
 
 @pytest.mark.usefixtures("_untraced")

@@ -63,7 +63,7 @@ def transformer_error(bundle: Bundle, checkpoint: Path, batch: int) -> float:
     pipeline = CogVideoXPipeline.from_pretrained(
         checkpoint, transformer=eager, text_encoder=None, tokenizer=None, torch_dtype=torch.float32
     )
-    shape = bundle.manifest.shape
+    shape = bundle.shape
     rotary = None
     if eager.config.use_rotary_positional_embeddings:
         frames = inputs["hidden_states"].shape[1]
@@ -92,7 +92,7 @@ def decoder_error(bundle: Bundle, checkpoint: Path, frames: int, *, tiled: bool 
 
 
 def encoder_error(bundle: Bundle, checkpoint: Path, frames: int, *, tiled: bool = False) -> float:
-    shape = bundle.manifest.shape
+    shape = bundle.shape
     pixels = np.random.default_rng(3).uniform(-1, 1, (1, 3, frames, shape.height, shape.width)).astype(np.float32)
     found = vae.encode(OrtBackend(bundle), pixels, tiled=tiled, advance=lambda _: None).sample(Generator(5))
     eager = eager_vae(checkpoint)
@@ -115,7 +115,7 @@ def test_transformer_matches_diffusers(model_name: str, batch: int, tiny: Tiny, 
 
 def test_decoder_chunks_match_diffusers(model_name: str, tiny: Tiny, exported: Exported) -> None:
     bundle = exported(model_name)
-    frames = -(-bundle.manifest.shape.frames // bundle.manifest.vae.temporal)
+    frames = -(-bundle.shape.frames // bundle.manifest.vae.temporal)
     assert decoder_error(bundle, tiny(model_name), frames) < NETWORK_RELATIVE
 
 
@@ -133,7 +133,7 @@ def test_encoder_matches_diffusers_on_one_image(tiny: Tiny, exported: Exported) 
 def test_tiled_decoding_and_encoding_match_diffusers(tiny: Tiny, exported: Exported) -> None:
     bundle = exported("2b")
     half = bundle.manifest.vae
-    assert bundle.manifest.shape.height > half.tile_height, "the clip must not fit one tile"
+    assert bundle.shape.height > half.tile_height, "the clip must not fit one tile"
     assert decoder_error(bundle, tiny("2b"), 5, tiled=True) < NETWORK_RELATIVE
     assert encoder_error(bundle, tiny("2b"), 17, tiled=True) < NETWORK_RELATIVE
 
@@ -145,7 +145,7 @@ def test_transformer_matches_diffusers_at_an_untrained_shape(tiny: Tiny, exporte
 
 def test_learned_positions_give_way_to_sincos_at_another_frame_count(tiny: Tiny, exported: Exported) -> None:
     trained, other = exported("5b-i2v"), exported("5b-i2v", frames=17)
-    assert trained.manifest.shape.frames != 17
+    assert trained.shape.frames != 17
     assert transformer_error(trained, tiny("5b-i2v"), 1) < NETWORK_RELATIVE
     assert transformer_error(other, tiny("5b-i2v"), 1) < NETWORK_RELATIVE
 

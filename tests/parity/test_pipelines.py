@@ -1,5 +1,6 @@
 """Whole videos against diffusers' own pipelines: same weights, same seed, same pixels."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cvx_deploy.bundle import Bundle
-from cvx_deploy.errors import CvxError
+from cvx_deploy.errors import CvxError, EngineError
+from cvx_deploy.models import Shape
 from cvx_deploy.runtime.ort import OrtBackend
 from cvx_deploy.runtime.pipeline import RunRequest, run
 from tests.conftest import Exported, Tiny
@@ -56,7 +58,7 @@ def diffusers(pipeline: type, bundle: Bundle, checkpoint: Path, scheduler: str, 
     pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
     if call.pop("tiling", False):
         pipe.vae.enable_tiling()
-    shape = bundle.manifest.shape
+    shape = bundle.shape
     if pipeline is not CogVideoXVideoToVideoPipeline:
         call["num_frames"] = shape.frames
     arguments = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 6.0, **call}
@@ -132,7 +134,7 @@ def test_video_to_video_matches_diffusers(
     tmp_path: Path,
 ) -> None:
     bundle = exported(name, **shape)
-    frames = [gradient(seed) for seed in range(bundle.manifest.shape.frames)]
+    frames = [gradient(seed) for seed in range(bundle.shape.frames)]
     (tmp_path / "clip").mkdir()
     for index, frame in enumerate(frames):
         frame.save(tmp_path / "clip" / f"{index}.png")
@@ -148,6 +150,32 @@ def test_video_to_video_matches_diffusers(
     )
     found = ours(bundle, tmp_path, scheduler=scheduler, seed=11, video=tmp_path / "clip", strength=strength, steps=5)
     assert_same(found, expected)
+
+
+TWO_SHAPES = [
+    ("2b", (Shape(9, 48, 176), Shape(8, 80, 64))),
+    ("1.5-5b", (Shape(16, 48, 80), Shape(25, 80, 64))),
+]
+
+
+@pytest.mark.parametrize(("name", "shapes"), TWO_SHAPES)
+def test_every_shape_of_a_bundle_matches_diffusers(
+    name: str, shapes: tuple[Shape, ...], tiny: Tiny, exported: Exported, tmp_path: Path
+) -> None:
+    bundle = exported(name, shapes=shapes)
+    for shape in shapes:
+        view = bundle.at(shape)
+        expected = diffusers(CogVideoXPipeline, view, tiny(name), "ddim", 9)
+        assert_same(ours(view, tmp_path, scheduler="ddim", seed=9), expected)
+
+
+def test_the_transformer_of_another_shape_cannot_pass_for_the_right_one(exported: Exported, tmp_path: Path) -> None:
+    bundle = exported("2b", shapes=TWO_SHAPES[0][1])
+    first, second = bundle.manifest.shapes
+    swapped = replace(first, networks={**first.networks, "transformer": second.networks["transformer"]})
+    wrong = replace(bundle, manifest=replace(bundle.manifest, shapes=(swapped, second)))
+    with pytest.raises(EngineError, match="invalid dimensions"):
+        ours(wrong, tmp_path)
 
 
 def test_tiled_decoding_matches_diffusers_in_a_whole_video(tiny: Tiny, exported: Exported, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from cvx_deploy.errors import CheckpointError, CvxError
 from cvx_deploy.models import SchedulerKind
 from cvx_deploy.runtime.noise import Generator
 from cvx_deploy.runtime.scheduler import (
-    SCHEDULERS,
     SchedulerConfig,
     dynamic_guidance_scale,
     make_scheduler,
@@ -134,7 +134,7 @@ def test_other_predictions_and_spacings_match_diffusers(kind: SchedulerKind, pre
 def test_linear_betas_and_diffusers_defaults_match_diffusers(kind: SchedulerKind) -> None:
     config = {"beta_schedule": "linear", "prediction_type": "v_prediction"}
     assert max(differences(kind, config, 20)) <= TOLERANCE
-    assert SchedulerConfig.from_config({}).to_dict().items() <= dict(REFERENCES[kind]().config).items()
+    assert asdict(SchedulerConfig.from_config({})).items() <= dict(REFERENCES[kind]().config).items()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,13 +258,6 @@ def test_predicting_noise_from_pure_noise_is_refused() -> None:
 def test_a_config_that_cannot_be_followed_is_refused_by_key(key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=key):
         SchedulerConfig.from_config(CONFIG_5B | {key: value})
-
-
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_a_config_survives_json(model: str) -> None:
-    config = SchedulerConfig.from_config(PUBLISHED[model])
-    assert SchedulerConfig.from_config(config.to_dict()) == config
-    assert set(SCHEDULERS) == set(KINDS)
 
 
 @pytest.mark.parametrize("steps", [3, 10])
