@@ -15,18 +15,15 @@ unexport CVX_ENGINES_DIR
 
 .PHONY: demo test check clean
 
-demo: engines/demo/bundle.json
+demo: engines/mini/bundle.json
 	@mkdir -p outputs
-	$(BIN)/cvx-deploy run --model demo --prompt "a red circle moves to the right" --steps 8 --output outputs/demo.mp4
+	$(BIN)/cvx-deploy run --model mini --prompt "a red circle moves to the right" --output outputs/demo.mp4 --contact-sheet outputs/demo.png
 
 test check: $(INSTALLED)
 	@scripts/check
 
-engines/demo/bundle.json: checkpoints/demo/model_index.json $(INSTALLED)
-	$(BIN)/cvx-deploy export --model demo --checkpoint checkpoints/demo
-
-checkpoints/demo/model_index.json: | $(INSTALLED)
-	$(BIN)/cvx-deploy synth --like 2b --scale tiny --output checkpoints/demo
+engines/mini/bundle.json: $(INSTALLED)
+	$(BIN)/cvx-deploy export --model mini
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: add PYTHON=python3.11")'
@@ -36,4 +33,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache dist checkpoints/demo engines/demo outputs/demo.mp4
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache dist engines/mini outputs/demo.mp4 outputs/demo.png

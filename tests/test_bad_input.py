@@ -215,7 +215,7 @@ def test_a_disk_that_runs_full_during_an_export_is_one_clear_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(export, "place_file", full)
     words = ["--model", "5b", "--checkpoint", tiny("5b"), "--copy-weights", "--output", tmp_path / "bundle"]
     assert "bundle: No space left on device (somewhere). fix: make room" in cvx("export", *words).failure()
     assert content(tmp_path) == {}
@@ -366,7 +366,7 @@ DAMAGED_BUNDLES: dict[str, tuple[Damage, str]] = {
     "no network": (lambda folder: (folder / "transformer.onnx").unlink(), "{bundle}/transformer.onnx is missing"),
     "a network not listed": (
         manifest(lambda raw: raw["networks"].pop("transformer")),
-        "{bundle} has no network transf",
+        "{bundle}/bundle.json is damaged: its transformer at 9x80x112 is transformer, which is not among its networks",
     ),
     "a cut network": (lambda folder: cut(folder / "transformer.onnx"), "{bundle}/transformer.onnx has "),
     "a foreign network": (foreign("transformer.onnx"), "{bundle}/transformer.onnx was altered, or belongs to another"),
@@ -579,7 +579,11 @@ BAD_LATENTS: dict[str, tuple[Damage, str]] = {
     "an archive": (save_zip, "holds no latents: it is an archive or a single number"),
     "a number": (lambda path: np.save(path, np.float32(1)), "holds no latents: it is an archive or a single number"),
     "truncated": (lambda path: (np.save(path, np.zeros((1, *LATENTS), np.float32)), cut(path)), "holds no latents: "),
-    "another shape": (lambda path: np.save(path, np.zeros((1, 3, 16, 10, 15), np.float32)), "not float32 (videos, 3, "),
+    "another shape": (
+        lambda path: np.save(path, np.zeros((1, 3, 16, 10, 15), np.float32)),
+        "latents of 9x80x120, and ",
+    ),
+    "other channels": (lambda path: np.save(path, np.zeros((1, 3, 8, 10, 14), np.float32)), "not float32 (videos, 3, "),
     "another type": (lambda path: np.save(path, np.zeros((1, *LATENTS))), "holds float64 of shape (1, 3, 16, 10, 14)"),
     "no videos": (lambda path: np.save(path, np.zeros((0, *LATENTS), np.float32)), "holds float32 of shape (0, 3, "),
     "not numbers": (lambda path: np.save(path, np.full((1, *LATENTS), np.nan, np.float32)), "not finite numbers"),
@@ -696,8 +700,8 @@ WAITING_EXPORT = """
 import sys, time
 from cvx_deploy.exporters import export
 
-def wait(contract, checkpoint, staging):
-    (staging / "text_encoder.onnx").write_bytes(b"half a network")
+def wait(contract, checkpoint, path):
+    path.write_bytes(b"half a network")
     print("now: half way", file=sys.stderr, flush=True)
     time.sleep(60)
 

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from cvx_deploy.bundle import (
     Bundle,
     Manifest,
     Network,
+    ShapeEntry,
     StoredFile,
     TensorSpec,
     Vae,
     WeightFile,
     dimension,
 )
-from cvx_deploy.errors import BundleError
+from cvx_deploy.errors import BundleError, ShapeError
 from cvx_deploy.inspect import describe
 from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import SilentProgress
@@ -57,7 +58,7 @@ def make_bundle(root: Path) -> Bundle:
         schema_version=SCHEMA_VERSION,
         model="5b",
         traits=MODELS["5b"].traits,
-        shape=Shape(9, 80, 112),
+        shapes=(ShapeEntry(Shape(9, 80, 112), {"vae": "vae"}), ShapeEntry(Shape(17, 80, 112), {"vae": "vae"})),
         fps=8,
         precision="fp32",
         text_length=226,
@@ -93,8 +94,9 @@ def use(path: Path) -> None:
     """Open a bundle and ask for everything it has."""
     bundle = Bundle.open(path)
     describe(bundle)
-    for network in bundle.manifest.networks:
-        bundle.onnx_path(network)
+    for shape in bundle.shapes:
+        for role in bundle.manifest.shapes[bundle.shapes.index(shape)].networks:
+            bundle.at(shape).onnx_path(role)
     for name in bundle.manifest.weights:
         bundle.weight_path(name, SILENT)
 
@@ -125,10 +127,10 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        *((b"", "is damaged"), (b"{", "is damaged"), (b'{"schema_version": 1}', "missing required field `model`")),
+        *((b"", "is damaged"), (b"{", "is damaged"), (b'{"schema_version": 2}', "missing required field `model`")),
         *((b"\xff\xfe", "is damaged"), (b"[" * 100_000, "is damaged"), (b'{"schema_version": NaN}', "is damaged")),
         *((b"[]", "schema version None"), (b'"text"', "schema version None"), (b"null", "schema version None")),
-        *((b'{"schema_version": 2}', "schema version 2, this program reads 1"), (b"{}", "schema version None")),
+        *((b'{"schema_version": 1}', "schema version 1, this program reads 2"), (b"{}", "schema version None")),
     ],
 )
 def test_a_manifest_that_is_none_is_one_stated_failure(bundle: Bundle, text: bytes, what: str) -> None:
@@ -298,7 +300,7 @@ def test_weights_that_moved_are_found_again_with_the_checkpoint(bundle: Bundle, 
 
 
 def test_a_name_the_manifest_does_not_have_is_stated(bundle: Bundle) -> None:
-    with pytest.raises(BundleError, match="has no network transformer \\(it has vae\\)"):
+    with pytest.raises(BundleError, match="has no network transformer at 9x80x112 \\(it has vae\\)"):
         bundle.network("transformer")
     with pytest.raises(BundleError, match="no weight file named nothing"):
         bundle.weight_path("nothing", SILENT)
@@ -307,16 +309,57 @@ def test_a_name_the_manifest_does_not_have_is_stated(bundle: Bundle) -> None:
 def test_the_remedy_makes_the_same_bundle_again(bundle: Bundle) -> None:
     words = shlex.split(bundle.with_checkpoint(Path("/with a space")).remedy.removeprefix("run: "))
     assert words[:2] == ["cvx-deploy", "export"]
-    assert words[-1] == "--copy-weights"
-    assert dict(zip(words[2:-1:2], words[3:-1:2], strict=True)) == {
-        "--model": "5b",
-        "--checkpoint": "/with a space",
-        "--frames": "9",
-        "--height": "80",
-        "--width": "112",
-        "--precision": "fp32",
-        "--output": str(bundle.path),
-    }
+    assert list(zip(words[2::2], words[3::2], strict=True)) == [
+        ("--model", "5b"),
+        ("--checkpoint", "/with a space"),
+        ("--shape", "9x80x112"),
+        ("--shape", "17x80x112"),
+        ("--precision", "fp32"),
+        ("--output", str(bundle.path)),
+    ]
+
+
+def test_the_remedy_copies_weights_where_all_were_copied(bundle: Bundle) -> None:
+    weights = {name: replace(entry, in_bundle=True) for name, entry in bundle.manifest.weights.items()}
+    copied = replace(bundle, manifest=replace(bundle.manifest, weights=weights))
+    assert copied.remedy == f"{bundle.remedy} --copy-weights"
+
+
+def test_a_bundle_is_seen_at_its_first_shape_or_at_another(bundle: Bundle) -> None:
+    assert bundle.shapes == (Shape(9, 80, 112), Shape(17, 80, 112))
+    assert (bundle.shape, bundle.at(Shape(17, 80, 112)).shape) == bundle.shapes
+    assert bundle.at(Shape(17, 80, 112)).with_checkpoint(Path("moved")).shape == Shape(17, 80, 112)
+
+
+def test_each_shape_has_the_networks_the_manifest_gives_it(bundle: Bundle) -> None:
+    path = rewrite(bundle, lambda raw: raw["shapes"][1].update(networks={"vae": "vae", "vae_next": "vae"}))
+    first = Bundle.open(path)
+    second = first.at(Shape(17, 80, 112))
+    assert (first.has("vae_next"), second.has("vae_next")) == (False, True)
+    assert second.network("vae_next") == first.network("vae")
+    with pytest.raises(BundleError, match=r"no network vae_next at 9x80x112 \(it has vae\)"):
+        first.network("vae_next")
+
+
+def test_a_shape_the_bundle_does_not_make_is_refused_with_the_command_that_adds_it(bundle: Bundle) -> None:
+    with pytest.raises(ShapeError, match=r"makes no videos of 25x80x112 \(it makes 9x80x112, 17x80x112\)") as failure:
+        bundle.at(Shape(25, 80, 112))
+    assert "--shape 9x80x112 --shape 17x80x112 --shape 25x80x112" in failure.value.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda raw: raw["shapes"].clear(), "Expected `array` of length >= 1"),
+        (lambda raw: raw["shapes"].append(raw["shapes"][0]), "it names a shape twice"),
+        (lambda raw: raw["shapes"][1]["shape"].update(width=0), "it names the shape 17x80x0"),
+        (lambda raw: raw["shapes"][1]["networks"].update(vae="x"), "vae at 17x80x112 is x, which is not among its net"),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused(bundle: Bundle, change: Callable[[Json], object], what: str) -> None:
+    path = rewrite(bundle, change)
+    with pytest.raises(BundleError, match=what):
+        Bundle.open(path)
 
 
 def test_sizes_are_numbers_symbols_and_multiples_of_symbols() -> None:
@@ -331,4 +374,4 @@ def test_the_manifest_is_json_that_a_person_can_read(bundle: Bundle) -> None:
     text = bundle.manifest.to_json().decode()
     assert json.loads(text)["networks"]["vae"]["state"] == {"cache": "new_cache"}
     assert json.loads(text) == json.loads(json.dumps(asdict(bundle.manifest)))
-    assert text.startswith('{\n  "schema_version": 1,\n')
+    assert text.startswith('{\n  "schema_version": 2,\n')

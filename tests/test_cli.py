@@ -23,7 +23,7 @@ from tests.conftest import Exported, Tiny
 from tests.test_bundle import make_bundle
 from tests.untraced import without_tracing
 
-COMMANDS = ["synth", "export", "run", "inspect", "completion"]
+COMMANDS = ["synth", "export", "convert", "run", "inspect", "verify", "pack", "unpack", "completion"]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}
 
 
@@ -110,16 +110,21 @@ def test_the_module_runs_as_the_command_does() -> None:
 
 WRONG_USAGE = [
     ["nothing"],
-    ["run"],
+    ["inspect"],
     ["run", "--model", "a", "--bundle", "b"],
     ["run", "--model"],
     ["run", "--model", "a", "--steps", "many"],
     ["run", "--model", "a", "--scheduler", "euler"],
     ["run", "--model", "a", "--threads", "0"],
     ["run", "--model", "a", "--engine", "magic"],
-    ["export", "--model", "5b"],
+    ["export", "--model", "mine"],
     ["export", "--model", "5b", "--checkpoint", "c", "--precision", "int3"],
     ["export", "--model", "5b", "--checkpoint", "c", "--frames", "9.5"],
+    ["export", "--model", "5b", "--checkpoint", "c", "--shape", "49x480"],
+    ["export", "--model", "5b", "--checkpoint", "c", "--shape", "49x480x0"],
+    ["export", "--model", "5b", "--checkpoint", "c", "--shape", "49x480x720", "--width", "720"],
+    ["run", "--model", "a", "--shape", "big"],
+    ["run", "--model", "a", "--shape", "49x480x720", "--frames", "49"],
     ["synth", "--like", "6b", "--output", "c"],
     ["inspect", "--model", "5b", "stray"],
     ["completion", "tcsh"],
@@ -134,7 +139,7 @@ def test_wrong_usage_is_explained_and_exits_with_2(words: list[str]) -> None:
 
 
 def test_wrong_usage_is_one_json_object_too() -> None:
-    outcome = cvx("run", "--json")
+    outcome = cvx("inspect", "--json")
     assert outcome.code == 2
     assert only_object(outcome) == {
         "error": {"type": "UsageError", "what": "name a bundle with --model NAME or --bundle DIR", "fix": "see --help"}
@@ -237,7 +242,7 @@ def test_a_full_disk_under_stdout_is_stated(bundle: Bundle) -> None:
 def test_inspect_says_the_same_in_words_and_in_json(bundle: Bundle) -> None:
     words, values = cvx("inspect", "--bundle", bundle.path), cvx("inspect", "--bundle", bundle.path, "--json")
     assert (words.code, values.code) == (0, 0)
-    assert words.out.startswith("5b: text-to-video, rope positions, 9x80x112 at 8 fps\n")
+    assert words.out.startswith("5b: text-to-video, rope positions, 9x80x112, 17x80x112 at 8 fps\n")
     found = only_object(values)
     assert found.pop("bundle") == str(bundle.path)
     assert found == json.loads(bundle.manifest.to_json())
@@ -283,8 +288,9 @@ def test_export_prints_the_bundle_it_made(tiny: Tiny, tmp_path: Path, monkeypatc
     assert values == {
         "bundle": f"{tmp_path}/other",
         "model": "5b",
-        "shape": "8x80x112",
+        "shapes": ["8x80x112"],
         "precision": "fp32",
+        "loras": [],
         "networks": sizes,
     }
 
@@ -316,6 +322,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
     assert values == {
         "videos": [f"{tmp_path}/two.npy"],
         "seeds": [0],
+        "shape": "9x80x112",
         "engine": "onnxruntime",
         "bundle": str(path),
     }

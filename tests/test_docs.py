@@ -64,7 +64,7 @@ def test_every_printed_command_parses(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["rum --model 5b", "run --modle 5b", "export --model 5b", "synth --like 6b --output checkpoints/6b"]
+    "line", ["rum --model 5b", "run --modle 5b", "export --checkpoint c", "synth --like 6b --output checkpoints/6b"]
 )
 def test_a_mistaken_command_does_not_parse(line: str) -> None:
     with pytest.raises(click.UsageError):

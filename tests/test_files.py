@@ -7,12 +7,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cvx_deploy import files
 from cvx_deploy.errors import OutputError
-from cvx_deploy.files import sha256_of, staged_directory
+from cvx_deploy.files import place_file, sha256_of, staged_directory, staged_file
 from tests.command import content, spawn, wait_for
 
 STAGE = """
@@ -251,3 +252,64 @@ def test_content_tells_links_files_and_folders_apart(tmp_path: Path) -> None:
     assert content(tmp_path) == {"folder": "folder", ".hidden": b"x", "link": "link to folder"}
     shutil.rmtree(tmp_path / "folder")
     assert content(tmp_path) == {".hidden": b"x", "link": "link to folder"}
+
+
+def test_a_placed_file_has_the_content_and_time_stamp_and_is_a_file_of_its_own(tmp_path: Path) -> None:
+    source, link, told = tmp_path / "source", tmp_path / "link", list[int]()
+    source.write_bytes(os.urandom((1 << 22) + 5))
+    os.utime(source, ns=(5, 7))
+    link.symlink_to(source)  # as the hub's cache has them
+    place_file(link, tmp_path / "target", told.append)
+    target = tmp_path / "target"
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_mtime_ns == 7
+    assert sum(told) == source.stat().st_size
+    assert not target.is_symlink()
+    assert target.stat().st_nlink == source.stat().st_nlink == 1
+    source.write_bytes(b"altered")
+    assert target.stat().st_size > 7
+
+
+def test_a_placed_file_shares_its_blocks_where_the_file_system_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        os.write(target, os.pread(source, 100, 0))
+        return 0
+
+    told: list[int] = []
+    (tmp_path / "source").write_text("content")
+    monkeypatch.setattr(files.fcntl, "ioctl", clone)
+    monkeypatch.setattr(files, "require_space", lambda *_: pytest.fail("a shared file needs no room"))
+    place_file(tmp_path / "source", tmp_path / "target", told.append)
+    assert ((tmp_path / "target").read_text(), told) == ("content", [7])
+
+
+def test_a_copy_without_room_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_text("content")
+    monkeypatch.setattr(files, "_share", lambda *_: False)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=6))
+    with pytest.raises(OutputError, match=r"7 bytes are to be written into .*, where 6 are free"):
+        place_file(tmp_path / "source", tmp_path / "target")
+
+
+def write(target: Path, text: str, error: BaseException | None = None) -> None:
+    with staged_file(target) as staging:
+        staging.write_text(text)
+        if error:
+            raise error
+
+
+def test_a_staged_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "file"
+    with pytest.raises(KeyboardInterrupt):
+        write(target, "half", KeyboardInterrupt())
+    assert content(tmp_path) == {}
+    write(target, "old")
+    with pytest.raises(KeyboardInterrupt):
+        write(target, "half", KeyboardInterrupt())
+    assert content(tmp_path) == {"a": "folder", "a/file": b"old"}
+    (target.parent / ".file.tmp-1").write_text("what a killed process left")
+    write(target, "new")
+    assert content(tmp_path) == {"a": "folder", "a/file": b"new"}

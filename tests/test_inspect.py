@@ -17,7 +17,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def test_the_words_name_model_shape_precision_and_scheduler(bundle: Bundle) -> None:
     first, second, *_ = describe(bundle).splitlines()
-    assert first == "5b: text-to-video, rope positions, 9x80x112 at 8 fps"
+    assert first == "5b: text-to-video, rope positions, 9x80x112, 17x80x112 at 8 fps"
     assert second == "computes in fp32; scheduler dpm; 226 text tokens"
 
 

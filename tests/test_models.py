@@ -47,6 +47,18 @@ def test_traits_name_one_model_each(model_name: str) -> None:
     assert found.name == model_name
 
 
+def test_a_shape_reads_back_from_its_words() -> None:
+    assert Shape.parse(str(Shape(49, 480, 720))) == Shape(49, 480, 720)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "49", "49x480", "49x480x720x1", "0x480x720", "-1x8x8", "4 x8x8", "1.5x8x8", "axbxc"]
+)
+def test_other_words_are_no_shape(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        Shape.parse(text)
+
+
 def test_traits_of_no_published_model_have_no_name() -> None:
     assert model_with_traits(Traits("image-to-video", "sincos", None, False)) is None
 

@@ -1,14 +1,18 @@
 """Score videos against their captions: the share that shows the caption's colour, shape and motion.
 
-    python benchmarks/miniature/score.py --checkpoint DIR [--count N] [--steps N] [--guidance-scale G] [--output FILE]
+    python benchmarks/miniature/score.py --bundle DIR [--count N] [--steps N] [--guidance-scale G] [--output FILE]
+    python benchmarks/miniature/score.py --checkpoint DIR ...
 
-`score` judges any videos; the command makes them with diffusers, as the reference to compare other engines with.
+Videos are made from a bundle on its engine, or with diffusers from a checkpoint, as the reference to compare with: from
+the same captions, images and seeds. `score` judges any videos.
 """
 
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import numpy as np
 from captions import captions_of, meaning_of
 from judge import verdict_on
 from numpy.typing import NDArray
+from PIL import Image
 from world import FRAMES, SIDE, Scene, random_scenes, videos_of
 
 ATTRIBUTES = ("shape", "colour", "motion")
@@ -152,30 +157,75 @@ def videos_from_diffusers(
     return np.concatenate(videos).astype(np.float32)
 
 
-def score_checkpoint(checkpoint: Path, count: int, sampling: Sampling) -> tuple[Score, NDArray[np.float32]]:
-    """Score a checkpoint on held-out captions (and first frames, when it takes them); returns the videos, too."""
+def videos_from_bundle(
+    bundle: Path, captions: list[str], images: NDArray[np.floating] | None, sampling: Sampling
+) -> NDArray[np.float32]:
+    """Make the same videos with a bundle on ONNX Runtime, one at a time."""
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.runtime.ort import OrtBackend
+    from cvx_deploy.runtime.pipeline import RunRequest, run
+
+    backend = OrtBackend(Bundle.open(bundle))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        request = RunRequest(
+            tuple(captions), folder / "videos.npy", steps=sampling.steps, guidance_scale=sampling.guidance_scale
+        )
+        if images is None:
+            run(backend, request)
+            return np.load(folder / "videos.npy").reshape(-1, FRAMES, SIDE, SIDE, 3)
+        videos = []
+        for seed, (caption, image) in enumerate(zip(captions, images, strict=True)):
+            Image.fromarray((image * 255).round().astype(np.uint8)).save(folder / "image.png")
+            run(backend, replace(request, prompts=(caption,), image=folder / "image.png", seed=seed))
+            videos.append(np.load(folder / "videos.npy"))
+        return np.stack(videos)
+
+
+def takes_images(folder: Path) -> bool:
+    """Whether a checkpoint's or a bundle's transformer is image-to-video."""
+    if (folder / "bundle.json").is_file():
+        return json.loads((folder / "bundle.json").read_text())["traits"]["task"] == "image-to-video"
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    return config["in_channels"] == 2 * config["out_channels"]
+
+
+VideoMaker = Callable[[Path, list[str], NDArray[np.floating] | None, Sampling], NDArray[np.float32]]
+
+
+def score_model(folder: Path, make: VideoMaker, count: int, sampling: Sampling) -> tuple[Score, NDArray[np.float32]]:
+    """Score a model on held-out captions (and first frames, when it takes them); returns the videos, too."""
     scenes, captions = held_out_examples(count)
-    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
-    takes_image = config["in_channels"] == 2 * config["out_channels"]
-    images = videos_of(scenes)[:, 0] if takes_image else None
-    videos = videos_from_diffusers(checkpoint, captions, images, sampling)
+    # As a picture file has them: bytes.
+    images = (videos_of(scenes)[:, 0] * 255).round().astype(np.float32) / 255 if takes_images(folder) else None
+    videos = make(folder, captions, images, sampling)
     return score(videos, captions, images), videos
 
 
 def main() -> None:
     """Read the command line, score, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder in diffusers layout")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--bundle", type=Path, help="run this bundle on ONNX Runtime")
+    source.add_argument("--checkpoint", type=Path, help="run this folder in diffusers layout with diffusers")
     parser.add_argument("--count", type=int, default=200, help="held-out captions")
     parser.add_argument("--steps", type=int, default=Sampling.steps, help="sampling steps")
     parser.add_argument("--guidance-scale", type=float, default=Sampling.guidance_scale)
     parser.add_argument("--output", type=Path, help="write the score as JSON to this file")
     arguments = parser.parse_args()
     sampling = Sampling(steps=arguments.steps, guidance_scale=arguments.guidance_scale)
-    result, _ = score_checkpoint(arguments.checkpoint, arguments.count, sampling)
+    make = videos_from_diffusers if arguments.bundle is None else videos_from_bundle
+    result, _ = score_model(arguments.bundle or arguments.checkpoint, make, arguments.count, sampling)
     print(result)
     if arguments.output:
-        conditions = {"count": arguments.count, **asdict(sampling), "engine": "diffusers"}
+        engine = "diffusers" if arguments.bundle is None else "onnxruntime"
+        conditions = {
+            "count": arguments.count,
+            "steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "engine": engine,
+            "seeds": f"0 to {arguments.count - 1}",
+        }
         arguments.output.write_text(json.dumps({"conditions": conditions, **result.to_json()}, indent=2) + "\n")
 
 

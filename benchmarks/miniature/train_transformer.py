@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from training import Rhythm, Run, load_average, train
 from transformers import T5Tokenizer
-from world import FRAMES, SIDE
+from world import COLOURS, FRAMES, MOTIONS, SHAPES, SIDE, Scene
 
 Task = Literal["text-to-video", "image-to-video"]
 LATENT_SIDE = SIDE // 8
@@ -33,6 +33,9 @@ WARM_UP = 200
 DROP_CAPTION = 0.1
 # Timesteps are this power of an even spread.
 NOISY = 0.7
+# What a caption says of its video, by attribute; the weight of the loss for knowing it halfway through the blocks.
+ATTRIBUTES = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "motion": tuple(MOTIONS)}
+ATTRIBUTES_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,27 @@ class TextToLatents(nn.Module):
             self.positions = nn.Parameter(torch.zeros(tokens, size.heads * size.head_dim))
             self.transformer.patch_embed.register_forward_hook(self._with_positions)
 
+        # Only training has it: every video token tells halfway what the caption said. Denoising alone takes tens of
+        # thousands of steps to find out that the words for shapes and motions matter, for they move few pixels.
+        self.attributes = nn.Linear(size.heads * size.head_dim, sum(map(len, ATTRIBUTES.values())))
+        self._told: Tensor | None = None
+        self.transformer.transformer_blocks[(size.layers - 1) // 2].register_forward_hook(self._tell)
+
+    def _tell(self, _: nn.Module, __: tuple[Tensor, ...], states: tuple[Tensor, Tensor]) -> None:
+        self._told = self.attributes(states[0])
+
+    def attributes_loss(self, said: Tensor) -> Tensor:
+        """Return the mean cross entropy of what the video tokens of the last `forward` tell, in nats.
+
+        Args:
+            said: (B, len(ATTRIBUTES)), the index of each attribute's value, or -100 where the caption does not say.
+        """
+        assert self._told is not None
+        parts = self._told.transpose(1, 2).split([len(values) for values in ATTRIBUTES.values()], dim=1)
+        tokens = self._told.shape[1]
+        losses = [F.cross_entropy(part, said[:, k, None].expand(-1, tokens)) for k, part in enumerate(parts)]
+        return torch.stack(losses).mean()
+
     def _with_positions(self, _: nn.Module, __: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
         """Add the learned positions to the video's tokens, whatever the length of the text before them."""
         return embeds + F.pad(self.positions, (0, 0, embeds.shape[1] - len(self.positions), 0))
@@ -166,11 +190,15 @@ def _rotary(head_dim: int, frames: int, side: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's data: scaled latents and image conditions (B, T, C, H, W), captions, noise and timesteps."""
+    """One training step's data: scaled latents and image conditions (B, T, C, H, W), captions, noise and timesteps.
+
+    `said` has what the captions say, as `TextToLatents.attributes_loss` takes it.
+    """
 
     latents: Tensor
     images: Tensor
     captions: list[str]
+    said: Tensor
     noise: Tensor
     timesteps: Tensor
 
@@ -188,14 +216,21 @@ def batch_of(data: Latents, scale: float, size: int, data_seed: int, step: int) 
     clips = _sampled(data.clips[chosen], scale, generator)
     images = torch.zeros_like(clips)
     images[:, :1] = _sampled(data.images[chosen], scale, generator)
-    timesteps = torch.from_numpy(((rng.permutation(size) + rng.random(size)) / size) ** NOISY * 1000).long().clamp(0, 999)
+    timesteps = (
+        torch.from_numpy(((rng.permutation(size) + rng.random(size)) / size) ** NOISY * 1000).long().clamp(0, 999)
+    )
     return Batch(
         latents=clips,
         images=images,
         captions=["" if dropped else caption for dropped, caption in zip(drop, captions, strict=True)],
+        said=torch.tensor([_said(data.scenes[i], dropped) for i, dropped in zip(chosen, drop, strict=True)]),
         noise=torch.randn(clips.shape, generator=generator),
         timesteps=timesteps,
     )
+
+
+def _said(scene: Scene, dropped: bool) -> list[int]:
+    return [-100 if dropped else values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
 
 
 def _sampled(parameters: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -216,7 +251,7 @@ def velocity_loss(network: TextToLatents, task: Task, batch: Batch, ids: Tensor)
 
 
 def start_from_text_to_video(network: TextToLatents, trained: TextToLatents) -> None:
-    """Begin image-to-video where text-to-video ended; the image's input channels and the learned positions begin at zero."""
+    """Begin image-to-video where text-to-video ended; the image's input channels and the positions begin at zero."""
     weights = trained.state_dict()
     name = "transformer.patch_embed.proj.weight"
     weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
@@ -267,14 +302,15 @@ def train_transformer(
     def do_step(step: int) -> float:
         batch = batch_of(data, scale, plan.batch, data_seed, step)
         loss = velocity_loss(network, task, batch, token_ids(tokenizer, batch.captions, SHORT_LENGTH))
-        run.update(loss, plan.rate(step))
+        run.update(loss + ATTRIBUTES_WEIGHT * network.attributes_loss(batch.said), plan.rate(step))
         return float(loss.detach())
 
     def measure() -> str:
         batch = batch_of(data, scale, 128, data_seed, 10**9)
         with torch.no_grad():
             loss = velocity_loss(network, task, batch, token_ids(tokenizer, batch.captions, SHORT_LENGTH))
-        return f"averaged weights: loss {loss:.4f} on fixed noise, {len(data.scenes)} clips, scale {scale:.4f}"
+            told = network.attributes_loss(batch.said)
+        return f"averaged weights: loss {loss:.4f}, attributes {told:.4f} on fixed noise, scale {scale:.4f}"
 
     train(run, min(stop, plan.steps), rhythm or Rhythm(report=50), do_step, measure)
     return run

@@ -62,7 +62,7 @@ CURRICULUM = (
     Stage(until=850, frames=1, crop=SIDE, batch=16, learning_rate=2e-3),
     Stage(until=1_200, frames=FRAMES, crop=32, batch=4, learning_rate=5e-4),
     Stage(until=2_350, frames=FRAMES, crop=SIDE, batch=4, learning_rate=5e-4, encoder=False),
-    Stage(until=5_000, frames=FRAMES, crop=SIDE, batch=4, learning_rate=4e-4, encoder=False, falls=True),
+    Stage(until=4_500, frames=FRAMES, crop=SIDE, batch=4, learning_rate=4e-4, encoder=False, falls=True),
 )
 
 

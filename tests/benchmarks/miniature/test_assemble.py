@@ -5,6 +5,7 @@ from pathlib import Path
 
 import assemble
 import numpy as np
+import package
 import pytest
 import score
 import torch
@@ -88,3 +89,17 @@ def test_tokenizer_survives_the_checkpoint(checkpoint: Path, tokenizer_folder: P
     for text in ("a large violet disc that drifts leftwards", "", "A penguin, 42!"):
         assert before(text).input_ids == after(text).input_ids
     assert after("")["input_ids"] == [1]
+
+
+def test_the_packaged_folder_runs_wherever_it_is_and_makes_the_videos_of_diffusers(checkpoint: Path, tmp_path: Path):
+    """The twin is the next seed's video, which is another one."""
+    package.package(checkpoint, "mini", tmp_path / "packaged")
+    moved = (tmp_path / "packaged").rename(tmp_path / "moved")
+    captions = ["a red circle moves to the right", "a blue square grows"]
+    images = np.full((2, 48, 48, 3), 0.4, np.float32) if score.takes_images(checkpoint) else None
+    assert score.takes_images(moved) == score.takes_images(checkpoint)
+    sampling = score.Sampling(steps=2)
+    packaged = score.videos_from_bundle(moved, captions, images, sampling)
+    reference = score.videos_from_diffusers(moved, captions, images, sampling)
+    assert np.abs(packaged - reference).max() < 1e-3
+    assert np.abs(packaged - reference[::-1]).max() > 1e-2

@@ -1,0 +1,48 @@
+"""Put a trained checkpoint into the package: its own files, and beside them a bundle that runs from them.
+
+    python benchmarks/miniature/package.py --checkpoint DIR --name mini
+
+The folder `cvx_deploy/miniatures/NAME` is then both, so that the weights are there once, and can be moved anywhere.
+"""
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from cvx_deploy.bundle import MANIFEST, Bundle
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+from cvx_deploy.files import staged_directory
+from cvx_deploy.miniatures import MINIATURES, miniature
+
+
+def package(checkpoint: Path, name: str, target: Path) -> Bundle:
+    """Write the folder `target`, replacing an earlier one when whole; returns its bundle.
+
+    Raises:
+        CvxError: The checkpoint cannot be exported.
+    """
+    with staged_directory(target, replace=True) as staging, tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(checkpoint, staging, dirs_exist_ok=True)
+        bundle = bundle_from_checkpoint(ExportRequest(model=name, checkpoint=staging), Path(scratch) / name)
+        manifest = bundle.manifest
+        for stored in (manifest.tokenizer, *(network.file for network in manifest.networks.values())):
+            shutil.copy(bundle.inside(stored.path), staging / stored.path)
+        # No time stamp holds through an installation: the weights are hashed when they are loaded, in milliseconds.
+        weights = {key: replace(file, in_bundle=True, mtime_ns=0) for key, file in manifest.weights.items()}
+        (staging / MANIFEST).write_bytes(replace(manifest, weights=weights, checkpoint=".").to_json())
+    return Bundle.open(target)
+
+
+def main() -> None:
+    """Read the command line and package."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of assemble.py")
+    parser.add_argument("--name", choices=MINIATURES, required=True)
+    arguments = parser.parse_args()
+    print(package(arguments.checkpoint, arguments.name, miniature(arguments.name)).path)
+
+
+if __name__ == "__main__":
+    main()

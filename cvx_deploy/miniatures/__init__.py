@@ -1,0 +1,14 @@
+"""The miniatures: trained CogVideoX models of a few million parameters that come with the package.
+
+Each folder here is a checkpoint in diffusers layout and a ready bundle over it at once. They draw one simple shape that
+moves, on what a caption says; ``benchmarks/miniature`` trains, packages and scores them.
+"""
+
+from pathlib import Path
+
+MINIATURES = ("mini", "mini-i2v")
+
+
+def miniature(name: str) -> Path:
+    """Return the folder of a miniature, which is both its checkpoint and its bundle."""
+    return Path(__file__).parent / name
