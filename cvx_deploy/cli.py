@@ -353,7 +353,7 @@ def convert(transformer: Path | None, vae: Path | None, checkpoint: Path, output
 
     \b
     Example:
-      cvx-deploy convert --transformer sat.pt --checkpoint checkpoints/CogVideoX-5b --output checkpoints/my-5b
+      cvx-deploy convert --transformer sat.pt --checkpoint CogVideoX-5b --output my-5b
     """
     if transformer is None and vae is None:
         raise click.UsageError("name a file with --transformer or --vae")

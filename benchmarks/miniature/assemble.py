@@ -32,11 +32,17 @@ frames a second.
 - **Data**: drawn by formula, no pictures or texts of others. One shape ({shapes}) in one colour ({colours}) on a plain
   or softly graded background ({backgrounds}), with one motion ({motions}); captions from a small grammar. {held_out} of
   {combinations} combinations of shape, colour and motion were never trained on.
-- **Training**: VAE {vae_steps} steps; text encoder and transformer together {steps} steps, v-prediction, zero terminal
-  SNR, captions dropped in 10% of the examples; averaged weights. The code is in `benchmarks/miniature/`.
+- **Training**: VAE {vae_steps} steps; {learned} {steps} steps, v-prediction, zero terminal SNR, captions dropped in
+  10% of the examples; averaged weights. The code is in `benchmarks/miniature/`.
 - **Figures**: VAE reconstruction of held-out clips {psnr:.2f} dB.{score}
 - **Limits**: it knows this world and its words only.
 """
+
+
+_LEARNED: dict[Task, str] = {
+    "text-to-video": "text encoder and transformer together",
+    "image-to-video": "from the text-to-video miniature, whose text encoder it keeps, the transformer",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def assemble(task: Task, parts: Parts, scaling_factor: float, output: Path, size
     )
     pipeline.save_pretrained(output)
     shutil.copy(parts.tokenizer / "spiece.model", output / "tokenizer" / "spiece.model")
-    weights = sum(p.numel() for part in (network, vae) for p in part.parameters())
+    weights = sum(p.numel() for part in (network.text_encoder, network.transformer, vae) for p in part.parameters())
     (output / "README.md").write_text(_card(task, output, weights, (vae_steps, steps), parts.score))
 
 
@@ -86,6 +92,7 @@ def _card(task: Task, checkpoint: Path, weights: int, steps: tuple[int, int], sc
     vae = AutoencoderKLCogVideoX.from_pretrained(checkpoint / "vae")
     return _CARD.format(
         task=task,
+        learned=_LEARNED[task],
         millions=weights / 1e6,
         frames=FRAMES,
         side=SIDE,
@@ -108,9 +115,11 @@ def _score_sentence(path: Path) -> str:
     measured = json.loads(path.read_text())
     conditions = measured["conditions"]
     shares = ", ".join(f"{name} {100 * measured[name]['share']:.1f}%" for name in ("all", "shape", "colour", "motion"))
+    first = measured["first_frame_psnr"]
+    image = "" if first is None else f" First frame against the given image: {first:.2f} dB."
     return (
         f" Of {conditions['count']} held-out captions, {conditions['steps']} steps at guidance "
-        f"{conditions['guidance_scale']:g}, right in {shares}."
+        f"{conditions['guidance_scale']:g} on {conditions['engine']}, right in {shares}.{image}"
     )
 
 
