@@ -7,7 +7,6 @@ by block, each from its own seed, on two threads, and go straight through SHA-25
 
 import hashlib
 import math
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from cvx_deploy.errors import OutputError, WrongModelError
+from cvx_deploy.errors import WrongModelError
 from cvx_deploy.exporters.synth_configs import (
     Config,
     Scale,
@@ -42,7 +41,7 @@ from cvx_deploy.exporters.weights import (
     sums_of,
     write_hashed,
 )
-from cvx_deploy.files import staged_directory
+from cvx_deploy.files import require_space, staged_directory
 from cvx_deploy.models import MODELS, Model
 from cvx_deploy.progress import Progress, SilentProgress
 
@@ -141,7 +140,7 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
     progress = progress or SilentProgress()
     plan = _plan(_model(like), scale)
     with staged_directory(output, replace=False) as folder:
-        _check_room(folder, plan.nbytes)
+        require_space(folder.parent, plan.nbytes)
         for path, content in plan.small.items():
             write_hashed(folder / path, [content])
         with ThreadPoolExecutor(THREADS) as pool, progress.task("write weights", plan.weight_bytes) as advance:
@@ -256,12 +255,3 @@ def _draw(tensor: RandomTensor, block: int, key: str, dtype: torch.dtype) -> mem
     values *= np.float32(tensor.std)
     values += np.float32(tensor.mean)
     return torch.from_numpy(values).to(dtype).view(torch.uint8).numpy().data
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"the checkpoint needs {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB left",
-            fix="make room, or name a folder on another disk",
-        )

@@ -139,6 +139,15 @@ def test_installed_wheel_makes_a_video_without_torch(runtime: Path, exported: Ex
 
 
 @pytest.mark.slow
+def test_installed_wheel_makes_a_video_of_a_miniature_by_itself(runtime: Path, tmp_path: Path) -> None:
+    words = ("run", "--prompt", "a red circle moves to the right", "--steps", "4", "--output", "circle.mp4")
+    done = command(runtime / "cvx-deploy", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "circle.mp4\n"
+    assert (tmp_path / "circle.mp4").stat().st_size > 0
+
+
+@pytest.mark.slow
 def test_installed_wheel_leaves_nothing_in_the_home_folder(runtime: Path, tmp_path: Path) -> None:
     """Unless told not to, ONNX Runtime keeps an identifier there, for the usage data that it sends to its makers."""
     done = command(runtime / "python", "-c", "import cvx_deploy.runtime.ort", env={"HOME": str(tmp_path)})

@@ -425,7 +425,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 10**12 - 10**10, 10**10))
-    with pytest.raises(OutputError, match=r"needs 13,3\d\d MB.* has 10,000 MB left"):
+    with pytest.raises(OutputError, match=r"13,3\d\d,\d+,\d+ bytes are to be written .* 10,000,000,000 are free"):
         synth.synthesize("2b", "full", tmp_path / "2b")
     assert list(tmp_path.iterdir()) == []
 
