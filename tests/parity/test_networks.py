@@ -79,8 +79,8 @@ def eager_vae(checkpoint: Path) -> AutoencoderKLCogVideoX:
 
 
 def decoder_error(bundle: Bundle, checkpoint: Path, frames: int, *, tiled: bool = False) -> float:
-    config = bundle.manifest
-    plane = (config.shape.height // config.vae.spatial, config.shape.width // config.vae.spatial)
+    shape, spatial = bundle.shape, bundle.manifest.vae.spatial
+    plane = (shape.height // spatial, shape.width // spatial)
     latents = np.random.default_rng(2).standard_normal((1, 16, frames, *plane), dtype=np.float32)
     pieces = vae.decode(OrtBackend(bundle), latents, tiled=tiled, advance=lambda _: None)
     found = np.concatenate(list(pieces), axis=2)
