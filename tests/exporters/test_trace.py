@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cvx_deploy.bundle import Precision, TensorSpec
 from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters import trace as trace_module
-from cvx_deploy.exporters.checkpoint import Checkpoint, StoredTensor, _read_header
+from cvx_deploy.exporters.checkpoint import Checkpoint, StoredTensor, read_header
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.trace import OPSET, onnx_from_contract, weight_location
 from tests.conftest import Exported, Tiny
@@ -93,7 +93,7 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 def saved(root: Path, tensors: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
     (root / FILE).parent.mkdir(exist_ok=True)
     save_file(tensors, root / FILE)
-    return _read_header(root, FILE)
+    return read_header(root / FILE, FILE)
 
 
 def trace(root: Path, tensors: dict[str, torch.Tensor], precision: Precision = "fp32") -> ir.Model:
@@ -146,7 +146,7 @@ def test_one_altered_weight_is_seen(tmp_path: Path) -> None:
 def test_weights_are_pointed_at_and_never_copied(tmp_path: Path) -> None:
     tensors = weights()
     model = trace(tmp_path, tensors)
-    stored = _read_header(tmp_path, FILE)
+    stored = read_header(tmp_path / FILE, FILE)
     for name, known in stored.items():
         tensor = model.graph.initializers[name].const_value
         assert isinstance(tensor, ir.ExternalTensor)
