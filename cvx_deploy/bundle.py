@@ -428,9 +428,14 @@ def manifest_from_json(text: bytes, file: str) -> Manifest:
         raise BundleError(f"{file} is damaged: {error}", fix=_AGAIN) from error
 
 
-def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -> Path:
+def leads_outside(relative: str) -> bool:
+    """Whether a path from a manifest, read as it is written, is none of a file inside a folder."""
     pure = PurePosixPath(relative)
-    outside = pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative
+    return pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative
+
+
+def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -> Path:
+    outside = leads_outside(relative)
     path = root / relative
     if not outside and resolve:
         # Unlike Path.resolve, which raises on a loop of links.

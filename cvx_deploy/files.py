@@ -30,6 +30,11 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def sums_of(hashes: dict[str, str]) -> bytes:
+    """Return the content of a ``SHA256SUMS``, in the form that ``sha256sum --check`` takes, of hashes by path."""
+    return "".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode()
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise OutputError unless `needed` bytes are free where `folder` lies, so that hours of writing are not lost."""
     free = shutil.disk_usage(folder).free

@@ -23,11 +23,12 @@ from cvx_deploy.bundle import (
     Manifest,
     StoredFile,
     WeightFile,
+    leads_outside,
     manifest_from_json,
     may_replace,
 )
 from cvx_deploy.errors import BundleError
-from cvx_deploy.files import require_space, staged_directory, staged_file
+from cvx_deploy.files import require_space, staged_directory, staged_file, sums_of
 from cvx_deploy.progress import Advance, Progress
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -124,8 +125,7 @@ def _files(manifest: Manifest, where: str) -> dict[str, StoredFile]:
     weights = [StoredFile(entry.path, entry.size, entry.sha256) for entry in manifest.weights.values()]
     files: dict[str, StoredFile] = {}
     for stored in (manifest.tokenizer, *networks, *weights):
-        pure = PurePosixPath(stored.path)
-        if pure.is_absolute() or ".." in pure.parts or "\0" in stored.path or str(pure) != stored.path or not pure.name:
+        if leads_outside(stored.path) or str(PurePosixPath(stored.path)) != stored.path:
             raise BundleError(f"{where} names {stored.path!r}, which is no plain path inside", fix="do not use it")
         if stored.path in (MANIFEST, HASHES) or files.setdefault(stored.path, stored) != stored:
             raise BundleError(f"{where} names {stored.path!r} for two files", fix="export the bundle again")
@@ -137,7 +137,7 @@ def _files(manifest: Manifest, where: str) -> dict[str, StoredFile]:
 def _sums(text: bytes, files: dict[str, StoredFile]) -> bytes:
     """Return the content of ``SHA256SUMS``; `text` is the manifest's."""
     hashes = {MANIFEST: hashlib.sha256(text).hexdigest()} | {path: stored.sha256 for path, stored in files.items()}
-    return "".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode()
+    return sums_of(hashes)
 
 
 def _entry(path: str, size: int) -> tarfile.TarInfo:

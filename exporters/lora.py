@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from cvx_deploy.bundle import Lora, Precision, WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
-from cvx_deploy.exporters.checkpoint import Checkpoint, Merged, StoredTensor
+from cvx_deploy.exporters.checkpoint import PICKLES, Checkpoint, Merged, StoredTensor
 from cvx_deploy.exporters.contract import TORCH_DTYPES
 from cvx_deploy.exporters.weights import PlannedTensor, load_tensor, stored_tensors, write_safetensors
 from cvx_deploy.files import sha256_of
@@ -39,7 +39,6 @@ MERGED: Final = "transformer.lora.safetensors"
 """The file in the bundle that holds the merged weights."""
 
 _FILES: Final = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_PICKLES: Final = {".bin", ".pt", ".pth", ".ckpt"}
 _NEW: Final = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.\w+)??\.(?P<kind>weight|bias)")
 _DOWN_UP: Final = re.compile(r"(?P<layer>.+)\.lora\.(?P<side>down|up)\.weight")
 _PROCESSOR: Final = re.compile(r"(?P<layer>.+?)(?:\.processor)?\.to_(?P<to>q|k|v|out)_lora\.(?P<side>down|up)\.weight")
@@ -167,7 +166,7 @@ def _add(weight: torch.Tensor, adapter: Adapter, layer: _Layer, kind: str) -> No
 
 def _file_of(path: Path) -> Path:
     """Return the safetensors file that a path names, or that a folder holds."""
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise _pickled(path)
     if path.is_file():
         return path.absolute()
@@ -177,7 +176,7 @@ def _file_of(path: Path) -> Path:
     if found:
         return found[0].absolute()
     for file in sorted(path.iterdir()):
-        if file.suffix in _PICKLES:
+        if file.suffix in PICKLES:
             raise _pickled(file)
     raise CheckpointError(f"{path} holds neither {_FILES[0]} nor {_FILES[1]}", fix="name the safetensors file itself")
 

@@ -27,11 +27,10 @@ from cvx_deploy.exporters.weights import (
     TYPE_NAMES,
     PlannedTensor,
     split_into_shards,
-    sums_of,
     write_hashed,
     write_safetensors,
 )
-from cvx_deploy.files import place_file, require_space, staged_directory
+from cvx_deploy.files import place_file, require_space, staged_directory, sums_of
 from cvx_deploy.progress import Advance, Progress, SilentProgress
 
 State = dict[str, torch.Tensor]
@@ -157,7 +156,7 @@ def checkpoint_from_sat(
         with progress.task("place the other weights", size) as advance:
             for file in kept:
                 place_file(source.place(file), folder / file, advance)
-        write_hashed(folder / HASHES, [sums_of(hashes)])
+        write_hashed(folder / HASHES, [sums_of(dict(sorted(hashes.items())))])
     return output
 
 

@@ -38,10 +38,9 @@ from cvx_deploy.exporters.weights import (
     as_json,
     header_of,
     split_into_shards,
-    sums_of,
     write_hashed,
 )
-from cvx_deploy.files import require_space, staged_directory
+from cvx_deploy.files import require_space, staged_directory, sums_of
 from cvx_deploy.models import MODELS, Model
 from cvx_deploy.progress import Progress, SilentProgress
 
@@ -147,7 +146,7 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
             hashes = {
                 file.path: write_hashed(folder / file.path, _chunks(file, seed, pool), advance) for file in plan.weights
             }
-        write_hashed(folder / "SHA256SUMS", [sums_of(hashes)])
+        write_hashed(folder / "SHA256SUMS", [sums_of(dict(sorted(hashes.items())))])
     return output
 
 

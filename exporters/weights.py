@@ -144,8 +144,3 @@ def split_into_shards(
 def as_json(content: object) -> bytes:
     """Return the text of one of a checkpoint's small files."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def sums_of(hashes: dict[str, str]) -> bytes:
-    """Return the content of ``SHA256SUMS`` for paths inside the checkpoint."""
-    return "".join(f"{hashes[path]}  {path}\n" for path in sorted(hashes)).encode()
