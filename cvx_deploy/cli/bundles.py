@@ -1,0 +1,124 @@
+"""Commands that look at a bundle, check it, and carry it elsewhere; and the shell's completion."""
+
+from pathlib import Path
+
+import click
+
+from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.options import (
+    ENGINES_DIR,
+    MOVED_CHECKPOINT,
+    Result,
+    need_export_extra,
+    plain_name,
+    reporting,
+    which_bundle,
+)
+from cvx_deploy.progress import Progress
+
+
+@cli.command()
+@which_bundle
+@reporting
+def inspect(path: Path, progress: Progress) -> Result:
+    """Say what a bundle holds, after checking its files.
+
+    \b
+    Example:
+      cvx-deploy inspect --model 5b --json
+    """
+    from dataclasses import asdict
+
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.inspect import describe
+
+    bundle = Bundle.open(path)
+    for name in bundle.manifest.weights:
+        bundle.weight_path(name, progress)
+    return {"bundle": str(path), **asdict(bundle.manifest)}, describe(bundle)
+
+
+@cli.command()
+@which_bundle
+@MOVED_CHECKPOINT
+@click.option("--load", is_flag=True, help="Load every network in ONNX Runtime as well: needs memory for the weights.")
+@click.option("--quick", is_flag=True, help="Hash no weight file whose size and time stamp are as they were.")
+@reporting
+def verify(path: Path, checkpoint: Path | None, load: bool, quick: bool, progress: Progress) -> Result:
+    """Check every hash, every weight's place in its file, and every graph, and list all that is wrong.
+
+    \b
+    Examples:
+      cvx-deploy verify --model 5b
+      cvx-deploy verify --bundle engines/5b --load --json
+    """
+    need_export_extra("onnx")
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.verify import verify as verify_bundle
+
+    bundle = Bundle.read(path)
+    moved = bundle.with_checkpoint(checkpoint) if checkpoint else bundle
+    found = verify_bundle(moved, progress, load=load, quick=quick)
+    values = found.as_dict()
+    if found.unsound:
+        what = f"{path} is not sound: see {', '.join(found.unsound)}"
+        values["error"] = {"type": "BundleError", "what": what, "fix": bundle.remedy}
+    return values, str(found)
+
+
+@cli.command()
+@which_bundle
+@MOVED_CHECKPOINT
+@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="FILE.cvx", help="The file to write.")
+@reporting
+def pack(path: Path, checkpoint: Path | None, output: Path, progress: Progress) -> Result:
+    """Write a bundle with all its weights, those in the checkpoint too, into one file.
+
+    It is a plain tar, which unpack takes back.
+
+    \b
+    Example:
+      cvx-deploy pack --model 5b --output 5b.cvx
+    """
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.pack import pack as pack_bundle
+
+    size = pack_bundle(Bundle.open(path), output, progress, checkpoint)
+    return {"bundle": str(path), "file": str(output), "bytes": size}, str(output)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.cvx")
+@click.option("--model", metavar="NAME", callback=plain_name, help="Unpack to NAME in the engines folder.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Unpack to a folder anywhere.")
+@ENGINES_DIR
+@reporting
+def unpack(file: Path, model: str | None, output: Path | None, engines_dir: Path, progress: Progress) -> Result:
+    """Make a bundle of a packed one, and check every file while it is written.
+
+    \b
+    Example:
+      cvx-deploy unpack 5b.cvx --model 5b
+    """
+    if (model is None) == (output is None):
+        raise click.UsageError("say where to with --model NAME or --output DIR")
+    from cvx_deploy.pack import unpack as unpack_bundle
+
+    bundle = unpack_bundle(file, output or engines_dir / str(model), progress)
+    return {"bundle": str(bundle.path), "file": str(file), "model": bundle.manifest.model}, str(bundle.path)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    Example:
+      cvx-deploy completion bash >> ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "cvx-deploy", "_CVX_DEPLOY_COMPLETE").source())

@@ -1,0 +1,162 @@
+"""Commands that make, convert and export checkpoints."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.options import ENGINES_DIR, Result, need_export_extra, plain_name, reporting, scaled_file, sizes
+from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.progress import Progress
+
+
+@cli.command()
+@click.option("--like", required=True, type=click.Choice(list(MODELS)), help="The model to imitate.")
+@click.option(
+    "--scale",
+    type=click.Choice(["tiny", "full"]),
+    default="tiny",
+    show_default=True,
+    help="A few MB, or the real size.",
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder that is new.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@reporting
+def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) -> Result:
+    """Write a checkpoint with random weights, in the layout of the published ones.
+
+    \b
+    Example:
+      cvx-deploy synth --like 5b --scale full --output checkpoints/5b-random
+    """
+    need_export_extra()
+    from cvx_deploy.exporters.synth import synthesize
+
+    synthesize(like, scale, output, seed=seed, progress=progress)  # type: ignore[arg-type]
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return {"checkpoint": str(output), "like": like, "scale": scale, "seed": seed, "bytes": size}, str(output)
+
+
+@cli.command()
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    callback=plain_name,
+    help=f"{', '.join(MODELS)}, or a name of your own.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="DIR|ID",
+    help="A folder in diffusers layout, a Hugging Face id, or modelscope://ID. Default: the model's Hugging Face id.",
+)
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of a hub's repository.")
+@click.option("--variant", metavar="NAME", help="Which weight files, such as fp16 for *.fp16.safetensors.")
+@click.option("--offline", is_flag=True, help="Use what has been fetched before, and no network.")
+@sizes("A video size, such as 49x480x720; again for more in the bundle.", "the model's", several=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What the networks compute in. The CPU engine has no bf16.",
+)
+@click.option(
+    "--transformer",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A fine-tuned transformer in place of the checkpoint's.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    type=scaled_file,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="An adapter to merge into the transformer; again for more. SCALE is 1 unless given.",
+)
+@click.option("--copy-weights", is_flag=True, help="Put the weights into the bundle instead of pointing at them.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: NAME in the engines folder.")
+@ENGINES_DIR
+@reporting
+def export(
+    model: str,
+    checkpoint: str | None,
+    offline: bool,
+    shape: tuple[Shape, ...],
+    output: Path | None,
+    engines_dir: Path,
+    progress: Progress,
+    **options: Any,
+) -> Result:
+    """Trace a checkpoint's networks into ONNX and write a bundle.
+
+    The weights stay where they are, unless --copy-weights: the bundle points at them and knows their hashes. Of a hub's
+    repository, only the files needed are fetched, into the cache that all programs share.
+
+    \b
+    Examples:
+      cvx-deploy export --model 5b
+      cvx-deploy export --model 5b --checkpoint checkpoints/CogVideoX-5b --frames 25
+      cvx-deploy export --model 5b --shape 49x480x720 --shape 25x480x720 --lora style.safetensors:0.8
+    """
+    if checkpoint is None and model in MINIATURES:
+        checkpoint = str(miniature(model))
+    if checkpoint is None and model not in MODELS:
+        raise click.UsageError(f"{model} is a name of your own: name its checkpoint with --checkpoint")
+    need_export_extra()
+    from dataclasses import asdict, replace
+
+    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, check_request
+    from cvx_deploy.exporters.hub import Source, fetch
+
+    where = checkpoint or MODELS[model].hub_id
+    request = ExportRequest(model=model, checkpoint=Path(where), shapes=shape, **options)
+    own = request.transformer is not None
+    source = Source(where, request.revision, request.variant, offline, own_transformer=own)
+    fetched = fetch(source, functools.partial(check_request, request), progress)
+    request = replace(request, checkpoint=fetched.folder, source=fetched.source, revision=fetched.revision)
+    bundle = bundle_from_checkpoint(request, output or engines_dir / model, progress)
+    networks = {name: network.file.size for name, network in bundle.manifest.networks.items()}
+    manifest = bundle.manifest
+    values = {
+        "bundle": str(bundle.path),
+        "model": model,
+        "shapes": [str(shape) for shape in bundle.shapes],
+        "precision": manifest.precision,
+        "loras": [asdict(lora) for lora in manifest.loras],
+        "networks": networks,
+    }
+    return values, str(bundle.path)
+
+
+@cli.command()
+@click.option("--transformer", type=click.Path(path_type=Path), metavar="FILE.pt", help="SAT's transformer.")
+@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE.pt", help="SAT's VAE.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="One of the same model in diffusers layout, for the configs and all else.",
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder that is new.")
+@reporting
+def convert(transformer: Path | None, vae: Path | None, checkpoint: Path, output: Path, progress: Progress) -> Result:
+    """Make a checkpoint in diffusers layout from the original CogVideo repository's SAT files.
+
+    \b
+    Example:
+      cvx-deploy convert --transformer sat.pt --checkpoint CogVideoX-5b --output my-5b
+    """
+    if transformer is None and vae is None:
+        raise click.UsageError("name a file with --transformer or --vae")
+    need_export_extra()
+    from cvx_deploy.exporters.sat import checkpoint_from_sat
+
+    checkpoint_from_sat(transformer, vae, checkpoint, output, progress)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return {"checkpoint": str(output), "bytes": size}, str(output)

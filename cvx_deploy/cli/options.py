@@ -1,0 +1,140 @@
+"""What commands share: results and progress, options that name a bundle or a size, checks before the work."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cvx_deploy.errors import CvxError
+from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.models import Shape
+from cvx_deploy.progress import Progress, RichProgress, SilentProgress
+
+Result = tuple[dict[str, Any], str]
+"""What a command returns: the JSON object, and the text that says the same to a person."""
+
+Command = Callable[..., Any]
+
+
+def reporting(function: Callable[..., Result]) -> Command:
+    """Give a command ``--json`` and ``--quiet``, hand it a `Progress`, and print what it returns."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("--quiet", "-q", is_flag=True, help="No progress bars and notes.")
+    @functools.wraps(function)
+    def command(*, as_json: bool, quiet: bool, **options: Any) -> None:
+        progress: Progress = SilentProgress() if quiet else RichProgress()
+        values, text = function(progress=progress, **options)
+        click.echo(json.dumps(values, indent=2) if as_json else text)
+        if "error" in values:  # what was found is printed all the same
+            error = values["error"]
+            click.echo(f"error: {error['what']}. fix: {error['fix']}.", err=True)
+            raise click.exceptions.Exit(1)
+
+    return command
+
+
+def plain_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
+    """Refuse a bundle's name that would lead out of the engines folder."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise click.BadParameter(f"{name!r} is not a plain name (letters, digits, '.', '_' and '-')")
+    return name
+
+
+def shape_of(text: str) -> Shape:
+    """Return the shape that a word such as 49x480x720 names."""
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not frames x height x width, such as 49x480x720") from error
+
+
+def scaled_file(text: str) -> tuple[Path, float]:
+    """Return the path and the scale that a word such as style.safetensors:0.8 names."""
+    name, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        value = float(scale)
+    except ValueError:
+        return Path(text), 1.0
+    if not name or not math.isfinite(value):
+        raise click.BadParameter(f"{text!r} is not a file and a scale, such as style.safetensors:0.8")
+    return Path(name), value
+
+
+def sizes(shape: str, default: str, *, several: bool) -> Callable[[Command], Command]:
+    """Give a command ``--shape``, and the three options that say the same; both at once are refused."""
+
+    def decorate(command: Command) -> Command:
+        @click.option("--shape", type=shape_of, multiple=several, metavar="FxHxW", help=shape)
+        @click.option("--frames", type=int, help=f"Video frames: 8k or 8k + 1. Default: {default}.")
+        @click.option("--height", type=int, help=f"Pixels. Default: {default}.")
+        @click.option("--width", type=int, help=f"Pixels. Default: {default}.")
+        @functools.wraps(command)
+        def sized(**options: Any) -> Any:
+            if options["shape"] and any(options[axis] is not None for axis in ("frames", "height", "width")):
+                raise click.UsageError("give --shape, or --frames, --height and --width")
+            return command(**options)
+
+        return sized
+
+    return decorate
+
+
+def which_bundle(command: Command) -> Command:
+    """Give a command the options that name a bundle, as one argument ``path``; `run` does without by the miniature."""
+    help_of_model = f"The bundle NAME in the engines folder; {' and '.join(MINIATURES)} are always there."
+
+    @click.option("--model", metavar="NAME", callback=plain_name, help=help_of_model)
+    @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="A bundle anywhere.")
+    @ENGINES_DIR
+    @functools.wraps(command)
+    def named(*, model: str | None, bundle: Path | None, engines_dir: Path, **options: Any) -> Any:
+        if model is None and bundle is None and "prompts" in options:
+            model = "mini" if options["image"] is None else "mini-i2v"
+        if (model is None) == (bundle is None):
+            raise click.UsageError("name a bundle with --model NAME or --bundle DIR")
+        return command(path=bundle or _place_of(str(model), engines_dir), **options)
+
+    return named
+
+
+def _place_of(model: str, engines_dir: Path) -> Path:
+    """Return where a model's bundle lies; a miniature that nobody has exported lies in the package."""
+    path = engines_dir / model
+    return miniature(model) if model in MINIATURES and not path.exists() else path
+
+
+ENGINES_DIR = click.option(
+    "--engines-dir",
+    type=click.Path(path_type=Path),
+    default="engines",
+    envvar="CVX_ENGINES_DIR",
+    show_default=True,
+    show_envvar=True,
+    help="Where bundles live by their names.",
+)
+
+
+MOVED_CHECKPOINT = click.option(
+    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Where the bundle's weights have moved to."
+)
+
+
+def need_export_extra(*packages: str) -> None:
+    """Say what to install when `packages`, or those that export, are not there."""
+    from importlib.util import find_spec
+
+    needed = packages or ("torch", "diffusers", "transformers", "optimum", "onnx_ir")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise CvxError(
+            f"this command needs {', '.join(missing)}, which the runtime does without",
+            fix='pip install "cvx-deploy[export]"',
+        )

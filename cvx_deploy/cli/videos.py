@@ -1,0 +1,97 @@
+"""The command that makes videos."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, reporting, sizes, which_bundle
+from cvx_deploy.models import Shape
+from cvx_deploy.progress import Progress
+
+
+@cli.command()
+@which_bundle
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show; give it again for more videos.")
+@click.option("--negative-prompt", default="", metavar="TEXT", help="What to keep away from.")
+@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
+@click.option("--video", type=click.Path(path_type=Path), metavar="FILE|DIR", help="A clip or frames to start from.")
+@click.option("--strength", type=float, default=0.8, show_default=True, help="How much of --video is remade, up to 1.")
+@click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps.")
+@click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1 turns guidance off.")
+@click.option("--dynamic-cfg", is_flag=True, help="Vary the guidance scale over the steps.")
+@click.option("--scheduler", type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first video; the next has one more.")
+@click.option("--num-videos", type=int, default=1, show_default=True, help="Videos a prompt.")
+@click.option("--vae-tiling", is_flag=True, help="Decode tile by tile: less memory, slightly other pixels.")
+@click.option("--save-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Keep the finished latents.")
+@click.option("--from-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Only decode these latents.")
+@click.option("--contact-sheet", type=click.Path(path_type=Path), metavar="FILE.png", help="Picture some frames, too.")
+@sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
+@click.option(
+    "--engine", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True, help="What runs it."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one a core.")
+@MOVED_CHECKPOINT
+@click.option(
+    "--output",
+    default="video.mp4",
+    show_default=True,
+    metavar="FILE|DIR/",
+    help="A .mp4, .webm, .gif or .npy file, or a folder for PNG frames.",
+)
+@reporting
+def run(
+    path: Path,
+    engine: str,
+    threads: int | None,
+    checkpoint: Path | None,
+    shape: Shape | None,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    output: str,
+    progress: Progress,
+    **options: Any,
+) -> Result:
+    """Make videos from prompts, and from an image or a video where the model takes one.
+
+    Without --model and --bundle a miniature makes it that comes with the package: mini, or with an image mini-i2v. It
+    knows one shape that moves, and nothing else.
+
+    \b
+    Examples:
+      cvx-deploy run --prompt "a red circle moves to the right"
+      cvx-deploy run --model 5b --prompt "a panda plays guitar" --output panda.mp4
+      cvx-deploy run --model 5b-i2v --image panda.png --prompt "the panda waves" --seed 7
+    """
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.runtime.ort import OrtBackend
+    from cvx_deploy.runtime.pipeline import RunRequest
+    from cvx_deploy.runtime.pipeline import run as run_pipeline
+    from cvx_deploy.runtime.shapes import Wanted, bundle_at
+
+    request = RunRequest(output=output, **options)
+    bundle = Bundle.open(path)
+    if checkpoint is not None:
+        bundle = bundle.with_checkpoint(checkpoint)
+    wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
+    bundle = bundle_at(bundle, wanted, request.from_latents)
+    report = run_pipeline(OrtBackend(bundle, threads, progress), request, progress)
+    progress.note(_time_table(report.stages))
+    values = {
+        "videos": [str(video) for video in report.paths],
+        "seeds": report.seeds,
+        "seconds": {stage: round(seconds, 4) for stage, seconds in report.stages.items()},
+        "shape": str(bundle.shape),
+        "engine": engine,
+        "bundle": str(path),
+    }
+    return values, "\n".join(str(video) for video in report.paths)
+
+
+def _time_table(stages: dict[str, float]) -> str:
+    width = max(map(len, (*stages, "total")))
+    rows = [*stages.items(), ("total", sum(stages.values()))]
+    return "\n".join(f"{name:<{width}}  {seconds:8.2f} s" for name, seconds in rows)
