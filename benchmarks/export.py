@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ print(sum(p.numel() for p in network.parameters()), file=sys.stderr)
 
 @dataclass(frozen=True)
 class Measured:
-    """One command's cost.
+    """One command's cost; bytes are whole where they were measured, but may have fractions where extrapolated.
 
     Attributes:
         seconds: Wall time of the whole process.
@@ -51,11 +52,47 @@ class Measured:
     """
 
     seconds: float
-    peak_bytes: int
-    written_bytes: int
+    peak_bytes: float
+    written_bytes: float
 
 
-def measure(command: list[str | Path], output: Path) -> Measured:
+@dataclass(frozen=True)
+class Graph:
+    """What `cvx-deploy verify` says of one network: how many nodes and weights it has, and what is wrong with it."""
+
+    nodes: int
+    weights: int
+    findings: list[str]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model's exports took.
+
+    Attributes:
+        checkpoint_bytes: Size of what was exported.
+        seconds: Wall time of each export.
+        peak_bytes: Largest resident memory of them all.
+        written_bytes: Size of the last bundle.
+        networks: The bundle's graphs, by name.
+    """
+
+    checkpoint_bytes: int
+    seconds: list[float]
+    peak_bytes: float
+    written_bytes: float
+    networks: dict[str, Graph]
+
+
+@dataclass(frozen=True)
+class PlainCost:
+    """What plain `torch.onnx.export` took, by the transformer's blocks, and what all blocks would take."""
+
+    measured: dict[str, Measured]
+    extrapolated: Measured
+
+
+def measure(command: Sequence[str | Path], output: Path) -> Measured:
     """Run a command to its end in a process of its own.
 
     Raises:
@@ -80,40 +117,42 @@ def bytes_at(place: Path) -> int:
     return sum(files.values())
 
 
-def measure_model(name: str, work: Path, runs: int) -> dict[str, object]:
+def measure_model(name: str, work: Path, runs: int) -> ModelCost:
     """Make a model's checkpoint, export it `runs` times, and say what that took."""
     program = [sys.executable, "-m", "cvx_deploy"]
     checkpoint, bundle = work / name, work / f"{name}-bundle"
     if not checkpoint.exists():
-        made = [*program, "synth", "--like", name, "--scale", "full", "--output", checkpoint, "--quiet"]
+        made: list[str | Path] = [*program, "synth", "--like", name, "--scale", "full"]
+        made += ["--output", checkpoint, "--quiet"]
         subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
-    export = [*program, "export", "--model", name, "--checkpoint", checkpoint, "--output", bundle, "--quiet"]
+    export: list[str | Path] = [*program, "export", "--model", name, "--checkpoint", checkpoint]
+    export += ["--output", bundle, "--quiet"]
     measured = []
     for _ in range(runs):
         shutil.rmtree(bundle, ignore_errors=True)
         measured.append(measure(export, bundle))
         print(f"{name}: {measured[-1]}", file=sys.stderr)
-    result = {
-        "checkpoint_bytes": bytes_at(checkpoint),
-        "seconds": [round(one.seconds, 1) for one in measured],
-        "peak_bytes": max(one.peak_bytes for one in measured),
-        "written_bytes": measured[-1].written_bytes,
-        "networks": verified(bundle),
-    }
+    cost = ModelCost(
+        checkpoint_bytes=bytes_at(checkpoint),
+        seconds=[round(one.seconds, 1) for one in measured],
+        peak_bytes=max(one.peak_bytes for one in measured),
+        written_bytes=measured[-1].written_bytes,
+        networks=verified(bundle),
+    )
     shutil.rmtree(checkpoint)
     shutil.rmtree(bundle)
-    return result
+    return cost
 
 
-def verified(bundle: Path) -> dict[str, object]:
+def verified(bundle: Path) -> dict[str, Graph]:
     """Return what `cvx-deploy verify` says of a bundle, without hashing the weights again; it must be sound."""
     command = [sys.executable, "-m", "cvx_deploy", "verify", "--bundle", bundle, "--quick", "--json", "--quiet"]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     networks = json.loads(done.stdout)["networks"]
-    return {name: {key: network[key] for key in ("nodes", "weights", "findings")} for name, network in networks.items()}
+    return {name: Graph(one["nodes"], one["weights"], one["findings"]) for name, one in networks.items()}
 
 
-def measure_plain(work: Path) -> dict[str, object]:
+def measure_plain(work: Path) -> PlainCost:
     """Export a 5b transformer of reduced depth the plain way, and tell what all its blocks would need."""
     measured = {}
     for depth in PLAIN_DEPTHS:
@@ -125,7 +164,7 @@ def measure_plain(work: Path) -> dict[str, object]:
     first, last = (asdict(measured[depth]) for depth in PLAIN_DEPTHS)
     blocks, span = MODELS["5b"].num_layers, PLAIN_DEPTHS[-1] - PLAIN_DEPTHS[0]
     whole = {key: first[key] + (last[key] - first[key]) / span * (blocks - PLAIN_DEPTHS[0]) for key in first}
-    return {"measured": {str(depth): asdict(one) for depth, one in measured.items()}, "extrapolated": whole}
+    return PlainCost({str(depth): one for depth, one in measured.items()}, Measured(**whole))
 
 
 def conditions(runs: int) -> dict[str, object]:
@@ -145,7 +184,7 @@ def conditions(runs: int) -> dict[str, object]:
     }
 
 
-def report(results: dict[str, dict[str, object]], plain: dict[str, object] | None, told: dict[str, object]) -> str:
+def report(results: dict[str, ModelCost], plain: PlainCost | None, told: dict[str, object]) -> str:
     """Lay the results out as Markdown."""
     lines = [
         "# Exports at the published sizes",
@@ -154,13 +193,13 @@ def report(results: dict[str, dict[str, object]], plain: dict[str, object] | Non
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, result in results.items():
-        seconds = result["seconds"]
+        seconds = result.seconds
         spread = f"{statistics.median(seconds):.0f}" + (
             f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(seconds) > 1 else ""
         )
         lines.append(
-            f"| {name} | {result['checkpoint_bytes'] / 1e9:.1f} GB | {spread} | {result['peak_bytes'] / 2**30:.2f} GiB "
-            f"| {result['written_bytes'] / 1e6:.1f} MB | {len(result['networks'])} |"
+            f"| {name} | {result.checkpoint_bytes / 1e9:.1f} GB | {spread} | {result.peak_bytes / 2**30:.2f} GiB "
+            f"| {result.written_bytes / 1e6:.1f} MB | {len(result.networks)} |"
         )
     if plain is not None:
         lines += [
@@ -169,11 +208,11 @@ def report(results: dict[str, dict[str, object]], plain: dict[str, object] | Non
             "",
         ]
         lines += ["| blocks | seconds | peak memory | written |", "| --- | --- | --- | --- |"]
-        rows = [*plain["measured"].items(), ("42, extrapolated", plain["extrapolated"])]
+        rows = [*plain.measured.items(), ("42, extrapolated", plain.extrapolated)]
         for blocks, one in rows:
             lines.append(
-                f"| {blocks} | {one['seconds']:.0f} | {one['peak_bytes'] / 2**30:.1f} GiB "
-                f"| {one['written_bytes'] / 1e9:.1f} GB |"
+                f"| {blocks} | {one.seconds:.0f} | {one.peak_bytes / 2**30:.1f} GiB "
+                f"| {one.written_bytes / 1e9:.1f} GB |"
             )
     lines += ["", "Conditions:", "", "```json", json.dumps(told, indent=2), "```", ""]
     return "\n".join(lines)
@@ -192,10 +231,14 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     told = conditions(arguments.runs)
     plain = None if arguments.no_plain else measure_plain(arguments.work)
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, ModelCost] = {}
     for name in arguments.models:
         results[name] = measure_model(name, arguments.work, arguments.runs)
-        content = {"conditions": told, "models": results, "plain": plain}
+        content = {
+            "conditions": told,
+            "models": {model: asdict(cost) for model, cost in results.items()},
+            "plain": None if plain is None else asdict(plain),
+        }
         # After each model, so that what is measured is kept.
         arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
         arguments.output.with_suffix(".md").write_text(report(results, plain, told))

@@ -53,6 +53,16 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def in_turn(*steps: Damage) -> Damage:
+    """Do several kinds of damage, one after the other."""
+
+    def damage(path: Path) -> None:
+        for step in steps:
+            step(path)
+
+    return damage
+
+
 # --- export ---
 
 
@@ -91,8 +101,8 @@ def drop_tensor(root: Path) -> None:
 
 DAMAGED_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "no folder": (shutil.rmtree, "there is no checkpoint folder {root}. fix: name one with --checkpoint"),
-    "an empty folder": (lambda root: (shutil.rmtree(root), root.mkdir()), "{root}/model_index.json is missing"),
-    "a file": (lambda root: (shutil.rmtree(root), root.touch()), "there is no checkpoint folder {root}"),
+    "an empty folder": (in_turn(shutil.rmtree, Path.mkdir), "{root}/model_index.json is missing"),
+    "a file": (in_turn(shutil.rmtree, Path.touch), "there is no checkpoint folder {root}"),
     "no config": (lambda root: (root / "vae/config.json").unlink(), "{root}/vae/config.json is missing"),
     "a cut config": (lambda root: cut(root / "vae/config.json"), "{root}/vae/config.json is not readable JSON"),
     "a config without sizes": (
@@ -399,9 +409,9 @@ DAMAGED_BUNDLES: dict[str, tuple[Damage, str]] = {
     ),
     "weights above": (weights_inside("../x"), "the weight table of {bundle} names '../x', which lies outside"),
     "linked weights": (
-        lambda folder: (
-            (folder / "w").symlink_to(folder.parent / "checkpoint" / VAE),
-            weights_inside("w")(folder),
+        in_turn(
+            lambda folder: (folder / "w").symlink_to(folder.parent / "checkpoint" / VAE),
+            weights_inside("w"),
         ),
         "the weight table of {bundle} names 'w', which lies outside",
     ),
@@ -578,7 +588,7 @@ BAD_LATENTS: dict[str, tuple[Damage, str]] = {
     "a pickle": (lambda path: np.save(path, np.array([{}], object)), "holds no latents: "),
     "an archive": (save_zip, "holds no latents: it is an archive or a single number"),
     "a number": (lambda path: np.save(path, np.float32(1)), "holds no latents: it is an archive or a single number"),
-    "truncated": (lambda path: (np.save(path, np.zeros((1, *LATENTS), np.float32)), cut(path)), "holds no latents: "),
+    "truncated": (in_turn(lambda path: np.save(path, np.zeros((1, *LATENTS), np.float32)), cut), "holds no latents: "),
     "another shape": (
         lambda path: np.save(path, np.zeros((1, 3, 16, 10, 15), np.float32)),
         "latents of 9x80x120, and ",

@@ -14,9 +14,9 @@ import click
 import numpy as np
 import pytest
 
-from cvx_deploy import cli as command_line
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.cli import cli
+from cvx_deploy.errors import CvxError
 from cvx_deploy.models import MODELS
 from tests.command import Outcome, cvx
 from tests.conftest import Exported, Tiny
@@ -206,7 +206,7 @@ def test_an_error_of_the_program_itself_is_not_hidden(bundle: Bundle, monkeypatc
 
 def test_a_failure_of_several_lines_is_stated_in_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise command_line.CvxError("one\ntwo", fix="three\nfour")
+        raise CvxError("one\ntwo", fix="three\nfour")
 
     monkeypatch.setattr("cvx_deploy.inspect.describe", fail)
     assert cvx("inspect", "--bundle", bundle.path).failure() == "error: one two. fix: three four."

@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, whatever stops the process that writes it."""
 
+import fcntl
 import hashlib
 import os
 import resource
@@ -213,7 +214,7 @@ def test_a_lock_on_a_file_that_was_replaced_meanwhile_does_not_count(
         lock.touch()
 
     lock.touch()
-    monkeypatch.setattr(files.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(OutputError, match="another process"):
         fill(tmp_path / "target", "new")
 
@@ -280,7 +281,7 @@ def test_a_placed_file_shares_its_blocks_where_the_file_system_can(
 
     told: list[int] = []
     (tmp_path / "source").write_text("content")
-    monkeypatch.setattr(files.fcntl, "ioctl", clone)
+    monkeypatch.setattr(fcntl, "ioctl", clone)
     monkeypatch.setattr(files, "require_space", lambda *_: pytest.fail("a shared file needs no room"))
     place_file(tmp_path / "source", tmp_path / "target", told.append)
     assert ((tmp_path / "target").read_text(), told) == ("content", [7])
@@ -289,7 +290,7 @@ def test_a_placed_file_shares_its_blocks_where_the_file_system_can(
 def test_a_copy_without_room_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").write_text("content")
     monkeypatch.setattr(files, "_share", lambda *_: False)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6))
     with pytest.raises(OutputError, match=r"7 bytes are to be written into .*, where 6 are free"):
         place_file(tmp_path / "source", tmp_path / "target")
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cvx_deploy import files
 from cvx_deploy.bundle import MANIFEST, Bundle
 from cvx_deploy.errors import BundleError, OutputError
 from cvx_deploy.pack import pack, unpack
@@ -300,7 +299,8 @@ def test_a_missing_checkpoint_is_said_before_anything_is_written(bundle: Bundle,
 def test_a_disk_without_room_is_said_before_anything_is_written(
     bundle: Bundle, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 990, 10))  # type: ignore[attr-defined]
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     before = content(tmp_path)
     for words in (
         ("pack", "--bundle", bundle.path, "--output", tmp_path / "two.cvx"),

@@ -3,8 +3,10 @@
 import numpy as np
 from world import Scene
 
-_COLOUR_WORDS = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
-_SHAPE_WORDS = {"circle": ("circle", "disc", "ball"), "square": ("square", "box"), "triangle": ("triangle",)}
+Words = dict[str, tuple[str, ...]]  # a value and what it is called
+
+_COLOUR_WORDS: Words = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
+_SHAPE_WORDS: Words = {"circle": ("circle", "disc", "ball"), "square": ("square", "box"), "triangle": ("triangle",)}
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("",), "large": ("large", "big")}
 _BACKGROUND_WORDS = {"white": ("white", "bright"), "black": ("black", "dark"), "gray": ("gray", "grey")}
 _GOES = ("moves", "slides", "glides", "drifts", "goes")
@@ -16,12 +18,12 @@ _WAYS = {
     "down": ("down", "downwards", "to the bottom"),
 }
 # What a shape does when it goes nowhere: finite verbs, and participles.
-_DOES = {
+_DOES: Words = {
     "growing": ("grows", "gets bigger", "expands"),
     "shrinking": ("shrinks", "gets smaller", "contracts"),
     "still": ("stays still", "does not move", "stands still"),
 }
-_DOING = {
+_DOING: Words = {
     "growing": ("growing", "getting bigger", "expanding"),
     "shrinking": ("shrinking", "getting smaller", "contracting"),
     "still": ("standing still", "not moving", "staying still"),
@@ -60,7 +62,7 @@ def _noun_phrase(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(word for word in (_pick(rng, ("a", "a", "the")), size, colour, shape) if word)
 
 
-def _motion(scene: Scene, rng: np.random.Generator, going: tuple[str, ...], doing: dict[str, tuple[str, ...]]) -> str:
+def _motion(scene: Scene, rng: np.random.Generator, going: tuple[str, ...], doing: Words) -> str:
     if scene.motion in _WAYS:
         return f"{_pick(rng, going)} {_pick(rng, _WAYS[scene.motion])}"
     return _pick(rng, doing[scene.motion])

@@ -93,13 +93,14 @@ def score(videos: NDArray[np.floating], captions: list[str], images: NDArray[np.
         images: The first frames that image-to-video was given, (videos, height, width, 3) in [0, 1].
     """
     right = np.array([_right(video, caption) for video, caption in zip(videos, captions, strict=True)])
-    shares = [Share(int(column.sum()), len(videos)) for column in (*right.T, right.all(axis=1))]
+    columns = (*right.T, right.all(axis=1))
+    shape, colour, motion, together = (Share(int(column.sum()), len(videos)) for column in columns)
     psnr = (
         None
         if images is None
         else float(np.mean([_psnr(v[0], image) for v, image in zip(videos, images, strict=True)]))
     )
-    return Score(*shares, first_frame_psnr=psnr)
+    return Score(shape, colour, motion, together, first_frame_psnr=psnr)
 
 
 def _right(video: NDArray[np.floating], caption: str) -> list[bool]:

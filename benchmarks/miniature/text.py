@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -61,6 +62,8 @@ def new_text_encoder(vocabulary: int, width: int = 64, layers: int = 2) -> T5Enc
     Its table of relative positions is zero and stays so: the words of this world say the same in any order, and without
     positions all padding tokens are equal, which `padding_bias` needs.
     """
+    # T5Config takes this from further arguments, which its signature does not name.
+    untied: dict[str, Any] = {"tie_word_embeddings": False}
     config = T5Config(
         vocab_size=vocabulary,
         d_model=width,
@@ -72,14 +75,15 @@ def new_text_encoder(vocabulary: int, width: int = 64, layers: int = 2) -> T5Enc
         relative_attention_max_distance=16,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         is_encoder_decoder=False,
         use_cache=False,
         pad_token_id=0,
         eos_token_id=1,
+        **untied,
     )
     encoder = T5EncoderModel(config)
-    encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(False).zero_()
+    positions = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    encoder.get_parameter(positions).requires_grad_(False).zero_()
     return encoder
 
 

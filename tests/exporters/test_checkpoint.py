@@ -182,6 +182,7 @@ def test_an_index_that_leaves_its_folder_is_refused(folder: Path, name: str) -> 
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+NO_ENTRIES: list[object] = [None, [], {}, ENTRY | {"dtype": "F33"}]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     [
         *(b"", b"\0" * 7, struct.pack("<Q", 2**63), struct.pack("<Q", 50) + b"{}", safetensors(b"{")),
         *(safetensors(b"[]"), safetensors(b"\xff\xff"), safetensors(b"[" * 100_000)),
-        *(safetensors({"x": value}, bytes(8)) for value in (None, [], {}, ENTRY | {"dtype": "F33"})),
+        *(safetensors({"x": value}, bytes(8)) for value in NO_ENTRIES),
         *(safetensors({"x": ENTRY | {"data_offsets": o}}, bytes(8)) for o in ([8, 0], [-8, 0], [0], ["a", "b"], None)),
         *(safetensors({"x": ENTRY | {"shape": shape}}, bytes(8)) for shape in ([3], ["a"], None, 2)),
     ],

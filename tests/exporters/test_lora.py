@@ -173,7 +173,7 @@ def test_an_adapter_that_peft_saved_merges_as_peft_merges_it(name: str, tiny: Ti
     for key, value in model.named_parameters():
         if "lora_B" in key and key.endswith("bias"):
             torch.nn.init.normal_(value)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     expected = model.merge_and_unload().state_dict()
     keys = [key for key in load_file(tmp_path / "adapter_model.safetensors") if key.endswith("lora_A.weight")]
     assert "base_model.model.patch_embed.proj.lora_A.weight" in keys

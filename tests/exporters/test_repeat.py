@@ -65,10 +65,10 @@ def test_repeated_blocks_mean_what_traced_blocks_mean(
 ) -> None:
     network = deep(contract, tiny("5b"))
     tensors = deep_tensors(network, tiny("5b"))
-    repeated = trace.onnx_from_contract(network, tensors, "here")
+    repeated = trace.onnx_from_contract(network, tensors, Path("here"))
     monkeypatch.setattr(Blocks, "traced", property(lambda blocks: blocks.count))
     monkeypatch.setattr(trace, "repeat_blocks", lambda model, blocks: None)
-    traced = trace.onnx_from_contract(deep(contract, tiny("5b")), tensors, "here")
+    traced = trace.onnx_from_contract(deep(contract, tiny("5b")), tensors, Path("here"))
     assert meaning(repeated) == meaning(traced)
     assert repeated.graph.num_nodes() == traced.graph.num_nodes()
     assert set(repeated.graph.initializers) == set(traced.graph.initializers)

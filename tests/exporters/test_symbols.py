@@ -113,7 +113,7 @@ def test_a_multiple_and_padding_go_together(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_scalar_stays_a_scalar(sizes: dict[str, int], attribute: str) -> None:
     value = traced(LATENTS)
-    holds = {"value": ir.tensor(np.array(HEIGHT, np.int64)), "value_int": HEIGHT}[attribute]
+    holds: ir.TensorProtocol | int = HEIGHT if attribute == "value_int" else ir.tensor(np.array(HEIGHT, np.int64))
     start, limit, step = constant(0, "start"), ir.node("Constant", [], {attribute: holds}), constant(1, "step")
     counted = ir.node("Range", [node.outputs[0] for node in (start, limit, step)])
     cast = ir.node("Cast", [counted.outputs[0]], {"to": ir.DataType.FLOAT})

@@ -158,9 +158,9 @@ def test_only_the_caches_that_are_read_are_carried(exported: Exported) -> None:
 
 def test_grid_expands_to_every_token() -> None:
     grid = Grid((2, 3, 5), (1, 1, 1), "twh")
-    grid.t.copy_(torch.tensor([[0.0], [100.0]]))
-    grid.h.copy_(torch.arange(3.0)[:, None] * 10)
-    grid.w.copy_(torch.arange(5.0)[:, None])
+    grid.get_buffer("t").copy_(torch.tensor([[0.0], [100.0]]))
+    grid.get_buffer("h").copy_(torch.arange(3.0)[:, None] * 10)
+    grid.get_buffer("w").copy_(torch.arange(5.0)[:, None])
     table = grid().reshape(2, 3, 5, 3)
     assert table[1, 2, 4].tolist() == [100.0, 4.0, 20.0]
 

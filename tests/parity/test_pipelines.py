@@ -13,6 +13,7 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXVideoToVideoPipeline,
+    DiffusionPipeline,
 )
 from numpy.typing import NDArray
 from PIL import Image
@@ -51,7 +52,9 @@ def ours(bundle: Bundle, folder: Path, **request: Any) -> Video:
     return np.load(folder / "out.npy")
 
 
-def diffusers(pipeline: type, bundle: Bundle, checkpoint: Path, scheduler: str, seed: int, **call: Any) -> Video:
+def diffusers(
+    pipeline: type[DiffusionPipeline], bundle: Bundle, checkpoint: Path, scheduler: str, seed: int, **call: Any
+) -> Video:
     """Run diffusers' pipeline on the checkpoint the bundle was made from."""
     pipe = pipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

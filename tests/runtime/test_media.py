@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,8 +19,9 @@ from PIL import Image
 
 from cvx_deploy.errors import MediaError
 from cvx_deploy.runtime import media
+from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
-from cvx_deploy.runtime.video import VideoFormat, open_writer
+from cvx_deploy.runtime.video import open_writer
 
 TOLERANCE = 1e-6  # both divide the same bytes by 255 in float32
 PROCESSOR = VideoProcessor(vae_scale_factor=8)
@@ -38,7 +40,7 @@ def picture(index: int = 0, height: int = 72, width: int = 100) -> Image.Image:
 
 
 def write_video(path: Path, frames: int = FRAMES) -> Path:
-    pixels = np.stack([np.asarray(picture(i, 64, 96), np.float32) / 255 for i in range(frames)])
+    pixels = np.stack([np.asarray(picture(i, 64, 96), np.float32) / np.float32(255) for i in range(frames)])
     with open_writer(path, VideoFormat(frames, 64, 96, 8)) as writer:
         writer.write(pixels)
     return path
@@ -231,7 +233,7 @@ def test_urls_are_not_fetched(load: Callable[[Path], object], url: str) -> None:
 def test_protocols_are_only_names(load: Callable[[Path], object], tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4")
     for name in ("concat:clip.mp4", "subfile,,start,0,end,0,,:clip.mp4", "clip%d.mp4"):
-        assert "no such file" in refusal(lambda name=name: load(tmp_path / name))
+        assert "no such file" in refusal(partial(load, tmp_path / name))
 
 
 @both
@@ -418,7 +420,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     before = open_files()
     for path in good:
         load_video(path, 2, HEIGHT, WIDTH)
-        refusal(lambda path=path: load_video(path, 49, HEIGHT, WIDTH))
+        refusal(partial(load_video, path, 49, HEIGHT, WIDTH))
     load_image(tmp_path / "image.png", HEIGHT, WIDTH)
     refusal(lambda: load_image(tmp_path / "bad.mp4", HEIGHT, WIDTH))
     refusal(lambda: load_video(tmp_path / "bad.mp4", 2, HEIGHT, WIDTH))

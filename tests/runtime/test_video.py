@@ -60,7 +60,7 @@ def read(path: Path) -> NDArray[np.float32]:
     else:
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames).astype(np.float32) / 255
+    return np.stack(frames).astype(np.float32) / np.float32(255)
 
 
 def content(path: Path) -> dict[str, bytes]:

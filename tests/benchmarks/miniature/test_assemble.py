@@ -39,7 +39,7 @@ def checkpoint(
     return folder / "out"
 
 
-def test_checkpoint_has_the_published_layout(checkpoint: Path):
+def test_checkpoint_has_the_published_layout(checkpoint: Path) -> None:
     index = json.loads((checkpoint / "model_index.json").read_text())
     assert {"tokenizer", "text_encoder", "transformer", "vae", "scheduler"} <= set(index)
     for name in ("transformer", "vae"):
@@ -51,7 +51,7 @@ def test_checkpoint_has_the_published_layout(checkpoint: Path):
     assert json.loads((checkpoint / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
 
 
-def test_checkpoint_fits_into_12_megabytes_at_full_size(checkpoint: Path):
+def test_checkpoint_fits_into_12_megabytes_at_full_size(checkpoint: Path) -> None:
     small = sum(p.numel() for p in train_transformer.TextToLatents("text-to-video", SMALL, 115).parameters())
     full = sum(
         p.numel() for p in train_transformer.TextToLatents("text-to-video", train_transformer.Size(), 115).parameters()
@@ -60,7 +60,7 @@ def test_checkpoint_fits_into_12_megabytes_at_full_size(checkpoint: Path):
     assert size + 2 * (full - small) + 500_000 < 12_000_000
 
 
-def test_pipelines_make_the_same_video_twice_from_defaults(checkpoint: Path):
+def test_pipelines_make_the_same_video_twice_from_defaults(checkpoint: Path) -> None:
     captions = ["a red circle moves to the right", "a blue square grows"]
     config = json.loads((checkpoint / "transformer" / "config.json").read_text())
     images = np.full((2, 48, 48, 3), 0.5, np.float32) if config["in_channels"] == 16 else None
@@ -71,7 +71,7 @@ def test_pipelines_make_the_same_video_twice_from_defaults(checkpoint: Path):
     assert np.array_equal(first, again)
 
 
-def test_default_size_of_the_pipelines_is_the_trained_one(checkpoint: Path):
+def test_default_size_of_the_pipelines_is_the_trained_one(checkpoint: Path) -> None:
     transformer = json.loads((checkpoint / "transformer" / "config.json").read_text())
     vae = json.loads((checkpoint / "vae" / "config.json").read_text())
     # What CogVideoXPipeline falls back on when no height, width or number of frames is given.
@@ -84,14 +84,16 @@ def test_default_size_of_the_pipelines_is_the_trained_one(checkpoint: Path):
     assert shape == (world.FRAMES, world.SIDE, world.SIDE)
 
 
-def test_tokenizer_survives_the_checkpoint(checkpoint: Path, tokenizer_folder: Path):
+def test_tokenizer_survives_the_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> None:
     before, after = (T5Tokenizer.from_pretrained(path) for path in (tokenizer_folder, checkpoint / "tokenizer"))
     for text in ("a large violet disc that drifts leftwards", "", "A penguin, 42!"):
         assert before(text).input_ids == after(text).input_ids
     assert after("")["input_ids"] == [1]
 
 
-def test_the_packaged_folder_runs_wherever_it_is_and_makes_the_videos_of_diffusers(checkpoint: Path, tmp_path: Path):
+def test_the_packaged_folder_runs_wherever_it_is_and_makes_the_videos_of_diffusers(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """The twin is the next seed's video, which is another one."""
     package.package(checkpoint, "mini", tmp_path / "packaged")
     moved = (tmp_path / "packaged").rename(tmp_path / "moved")

@@ -8,6 +8,7 @@ import pytest
 import score
 from captions import meaning_of
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from world import videos_of
 
 from cvx_deploy.bundle import Bundle
@@ -86,7 +87,7 @@ def test_run_without_a_bundle_makes_a_video_of_a_miniature(tmp_path: Path, monke
     Image.open("sheet.png").crop((0, 0, 48, 48)).save("first.png")
     done = cvx(*words, "--image", "first.png", "--output", "moved.gif")
     assert done.code == 0, done.err
-    assert Image.open("moved.gif").n_frames == 9
+    assert GifImageFile("moved.gif").n_frames == 9
 
 
 def test_a_bundle_named_mini_in_the_engines_folder_comes_before_the_packaged_one(tmp_path: Path) -> None:

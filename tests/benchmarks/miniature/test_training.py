@@ -8,6 +8,7 @@ import pytest
 import torch
 import train_transformer
 import train_vae
+from safetensors.torch import save_file
 from text import TEXT_LENGTH, load_tokenizer, token_ids
 from training import Rhythm, Run, load_average
 
@@ -35,7 +36,7 @@ def sources(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPa
     parts = {"clips": torch.Generator().manual_seed(1), "images": torch.Generator().manual_seed(2)}
     frames = {"clips": 3, "images": 1}
     tensors = {name: torch.randn(8, 16, frames[name], 6, 6, generator=g).half() for name, g in parts.items()}
-    latents.save_file(tensors, folder / "chunk-0000.safetensors")
+    save_file(tensors, folder / "chunk-0000.safetensors")
     return train_transformer.Sources(folder, tmp_path / "state", tokenizer_folder)
 
 
@@ -50,7 +51,7 @@ def _same(one: Run, other: Run) -> bool:
     return all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_vae_training_resumes_to_the_bit(tmp_path: Path):
+def test_vae_training_resumes_to_the_bit(tmp_path: Path) -> None:
     whole = _train_vae(tmp_path / "whole", 6)
     for steps in (1, 3, 5, 6):
         parts = _train_vae(tmp_path / "parts", steps)
@@ -58,11 +59,11 @@ def test_vae_training_resumes_to_the_bit(tmp_path: Path):
     assert _same(whole, parts)
 
 
-def test_vae_training_on_other_data_ends_elsewhere(tmp_path: Path):
+def test_vae_training_on_other_data_ends_elsewhere(tmp_path: Path) -> None:
     assert not _same(_train_vae(tmp_path / "one", 2), _train_vae(tmp_path / "other", 2, data_seed=1))
 
 
-def test_the_encoder_settles_on_its_averaged_weights(tmp_path: Path):
+def test_the_encoder_settles_on_its_averaged_weights(tmp_path: Path) -> None:
     before, after = _train_vae(tmp_path, 4), _train_vae(tmp_path, 6)
     decoder_moved = False
     for name, p in after.network.named_parameters():
@@ -74,7 +75,7 @@ def test_the_encoder_settles_on_its_averaged_weights(tmp_path: Path):
     assert decoder_moved
 
 
-def test_single_frames_are_computed_exactly_while_kernels_see_no_past():
+def test_single_frames_are_computed_exactly_while_kernels_see_no_past() -> None:
     torch.manual_seed(0)
     vae = train_vae.new_vae((8, 8, 8, 8))
     frame = torch.randn(1, 3, 1, 16, 16)
@@ -89,7 +90,9 @@ def test_single_frames_are_computed_exactly_while_kernels_see_no_past():
 
 
 @pytest.mark.parametrize("task", ["text-to-video", "image-to-video"])
-def test_transformer_training_resumes_to_the_bit(task: train_transformer.Task, sources, tmp_path: Path):
+def test_transformer_training_resumes_to_the_bit(
+    task: train_transformer.Task, sources: train_transformer.Sources, tmp_path: Path
+) -> None:
     whole = _train_transformer(task, train_transformer.Sources(sources.latents, tmp_path / "w", sources.tokenizer), 4)
     for stop in (1, 3, 4):
         parts = _train_transformer(task, sources, stop)
@@ -97,7 +100,7 @@ def test_transformer_training_resumes_to_the_bit(task: train_transformer.Task, s
     assert _same(whole, parts)
 
 
-def test_image_to_video_starts_as_text_to_video(sources, tmp_path: Path):
+def test_image_to_video_starts_as_text_to_video(sources: train_transformer.Sources, tmp_path: Path) -> None:
     trained = _train_transformer("text-to-video", sources, 2)
     tokenizer = load_tokenizer(sources.tokenizer)
     before = train_transformer.TextToLatents("text-to-video", SMALL, len(tokenizer))
@@ -110,7 +113,7 @@ def test_image_to_video_starts_as_text_to_video(sources, tmp_path: Path):
         assert torch.allclose(start(torch.cat([noisy, image], dim=2), ids, torch.tensor([500])), plain, atol=1e-6)
 
 
-def test_short_prompts_train_the_function_of_full_ones(tokenizer_folder: Path):
+def test_short_prompts_train_the_function_of_full_ones(tokenizer_folder: Path) -> None:
     """The twin shows that the padding's weight is what does it."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -131,7 +134,7 @@ def test_short_prompts_train_the_function_of_full_ones(tokenizer_folder: Path):
         assert not torch.allclose(unweighted, full, atol=1e-2)
 
 
-def test_rate_warms_up_holds_and_falls_to_nothing():
+def test_rate_warms_up_holds_and_falls_to_nothing() -> None:
     plan = train_transformer.Plan(steps=5000, learning_rate=1.0)
     rates = [plan.rate(step) for step in range(5000)]
     assert rates[0] < 0.01
@@ -140,7 +143,7 @@ def test_rate_warms_up_holds_and_falls_to_nothing():
     assert all(late <= early for early, late in itertools.pairwise(rates[4000:]))
 
 
-def test_an_interrupted_save_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_save_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _train_vae(tmp_path, 1)
 
     def interrupted(saved: object, path: Path) -> None:
@@ -154,7 +157,7 @@ def test_an_interrupted_save_leaves_the_last_one_whole(tmp_path: Path, monkeypat
     assert _train_vae(tmp_path, 2).step == 2
 
 
-def test_learned_positions_reach_the_checkpoint(sources):
+def test_learned_positions_reach_the_checkpoint(sources: train_transformer.Sources) -> None:
     tokenizer = load_tokenizer(sources.tokenizer)
     torch.manual_seed(0)
     network = train_transformer.TextToLatents("image-to-video", SMALL, len(tokenizer))
