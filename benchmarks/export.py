@@ -167,7 +167,7 @@ def measure_plain(work: Path) -> PlainCost:
     return PlainCost({str(depth): one for depth, one in measured.items()}, Measured(**whole))
 
 
-def conditions(runs: int) -> dict[str, object]:
+def conditions(runs: int, note: str) -> dict[str, object]:
     """Say what the figures were taken on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -179,6 +179,7 @@ def conditions(runs: int) -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {tool: version(tool) for tool in TOOLS},
         "runs": runs,
+        "note": note,
         "precision": "fp32",
         "checkpoints": "random weights, seed 0, with SHA256SUMS; shapes are each model's default",
     }
@@ -204,7 +205,7 @@ def report(results: dict[str, ModelCost], plain: PlainCost | None, told: dict[st
     if plain is not None:
         lines += [
             "",
-            "Plain `torch.onnx.export` of a 5b transformer, fp32, weights of zero size on disk to begin with:",
+            "Plain `torch.onnx.export(dynamo=True, external_data=True)` of a 5b transformer in fp32, its weights in memory:",
             "",
         ]
         lines += ["| blocks | seconds | peak memory | written |", "| --- | --- | --- | --- |"]
@@ -224,12 +225,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder with 25 GB of room")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--runs", type=int, default=3, help="exports of each model")
+    parser.add_argument("--note", default="nothing else ran", help="what else used the machine, for the report")
     parser.add_argument("--no-plain", action="store_true", help="leave torch.onnx.export out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "export")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    told = conditions(arguments.runs)
+    told = conditions(arguments.runs, arguments.note)
     plain = None if arguments.no_plain else measure_plain(arguments.work)
     results: dict[str, ModelCost] = {}
     for name in arguments.models:
