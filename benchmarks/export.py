@@ -205,7 +205,7 @@ def report(results: dict[str, ModelCost], plain: PlainCost | None, told: dict[st
     if plain is not None:
         lines += [
             "",
-            "Plain `torch.onnx.export(dynamo=True, external_data=True)` of a 5b transformer in fp32, its weights in memory:",
+            "Plain `torch.onnx.export(dynamo=True, external_data=True)` of a 5b transformer in fp32, from memory:",
             "",
         ]
         lines += ["| blocks | seconds | peak memory | written |", "| --- | --- | --- | --- |"]

@@ -322,11 +322,15 @@ class Bundle:
 
     def network(self, role: str) -> Network:
         """Return the network that plays a role at this shape, or say that there is none."""
+        return self.manifest.networks[self.network_name(role)]
+
+    def network_name(self, role: str) -> str:
+        """Return the name of the network that plays a role at this shape, or say that there is none."""
         networks = self.manifest.shapes[self.index].networks
         if role not in networks:
             have = ", ".join(sorted(networks))
             raise BundleError(f"{self.path} has no network {role} at {self.shape} (it has {have})", fix=self.remedy)
-        return self.manifest.networks[networks[role]]
+        return networks[role]
 
     def weight_path(self, name: str, progress: Progress) -> Path:
         """Return where a weight file lies, after making sure that it is the one the bundle was made from.

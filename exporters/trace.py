@@ -20,6 +20,7 @@ from cvx_deploy.exporters.checkpoint import StoredTensor, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.repeat import repeat_blocks
 from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
+from cvx_deploy.graph.fold import fold_indices
 from cvx_deploy.graph.split import split_without_sequences
 
 OPSET = 23
@@ -54,6 +55,7 @@ def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTenso
     split_without_sequences(model)
     if contract.blocks is not None:
         repeat_blocks(model, contract.blocks)
+    fold_indices(model)
     _bind_weights(model, contract, tensors, where)
     for simplify in (
         passes.RemoveUnusedNodesPass(),

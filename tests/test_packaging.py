@@ -27,6 +27,7 @@ HEAVY = LINT["flake8-tidy-imports"]["banned-module-level-imports"]
 EXPORT_SIDE = {ignored.split("/")[-2] for ignored, rules in LINT["per-file-ignores"].items() if "TID253" in rules}
 FILES = sorted(file for file in (ROOT / "cvx_deploy").rglob("*.py") if file.name != "__main__.py")
 RUNTIME_FILES = [file for file in FILES if file.parent.name not in EXPORT_SIDE]
+BUILD_FILES = [file for file in FILES if file.parent.name == "build"]
 GRAPH_FILES = [file for file in FILES if file.parent.name == "graph"]
 
 
@@ -204,8 +205,20 @@ def declared(requirements: Iterable[str]) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
+def gpu_extras() -> set[str]:
+    """Return what the extras for GPUs install; cuda-python is a name for its parts."""
+    extras = PROJECT["optional-dependencies"]
+    names = declared(extras["tensorrt"] + extras["tensorrt-rtx"])
+    return names | {"cuda-core", "cuda-bindings"} if "cuda-python" in names else names
+
+
 def test_runtime_imports_are_the_declared_dependencies() -> None:
-    assert imported(RUNTIME_FILES) == declared(PROJECT["dependencies"])
+    assert imported(RUNTIME_FILES) - gpu_extras() == declared(PROJECT["dependencies"])
+
+
+def test_building_engines_imports_nothing_that_is_not_declared() -> None:
+    assert BUILD_FILES
+    assert imported(BUILD_FILES) <= declared(PROJECT["dependencies"]) | gpu_extras()
 
 
 def test_export_imports_nothing_that_is_not_declared() -> None:

@@ -1,6 +1,7 @@
 """Commands that look at a bundle, check it, and carry it elsewhere; and the shell's completion."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,26 +17,57 @@ from cvx_deploy.cli.options import (
 )
 from cvx_deploy.progress import Progress
 
+if TYPE_CHECKING:
+    from cvx_deploy.bundle import Bundle
+
 
 @cli.command()
 @which_bundle
+@click.option("--plan", is_flag=True, help="Show what its engines were compiled to, block by block.")
+@click.option("--gpu", metavar="NAME", help="With --plan: what the plan would take on a GPU such as rtx4090, at best.")
 @reporting
-def inspect(path: Path, progress: Progress) -> Result:
+def inspect(path: Path, plan: bool, gpu: str | None, progress: Progress) -> Result:
     """Say what a bundle holds, after checking its files.
 
     \b
-    Example:
+    Examples:
       cvx-deploy inspect --model 5b --json
+      cvx-deploy inspect --model 5b --plan --gpu rtx4090
     """
     from dataclasses import asdict
 
     from cvx_deploy.bundle import Bundle
     from cvx_deploy.inspect import describe
 
+    if gpu is not None and not plan:
+        raise click.UsageError("--gpu needs --plan")
     bundle = Bundle.open(path)
+    if plan:
+        return _plans(bundle, gpu)
     for name in bundle.manifest.weights:
         bundle.weight_path(name, progress)
     return {"bundle": str(path), **asdict(bundle.manifest)}, describe(bundle)
+
+
+def _plans(bundle: "Bundle", gpu: str | None) -> Result:
+    """Return the compiled plans of a bundle's engines."""
+    from cvx_deploy.build.gpus import gpu_named
+    from cvx_deploy.build.plan_report import describe_plan, plan_values
+    from cvx_deploy.build.store import EngineStore
+    from cvx_deploy.errors import EngineError
+
+    named = None if gpu is None else gpu_named(gpu)
+    store = EngineStore(bundle)
+    plans = [(record, plan) for record in store.records() for plan in store.plans(record)]
+    if not plans:
+        raise EngineError(
+            f"{bundle.path} has no compiled engines", fix=f"run: cvx-deploy build --bundle {bundle.path} --target sm89"
+        )
+    values = [
+        {"network": record.network, "file": record.file.path, **plan_values(plan, named)} for record, plan in plans
+    ]
+    texts = [f"{record.network} ({record.file.path})\n{describe_plan(plan, named)}" for record, plan in plans]
+    return {"bundle": str(bundle.path), "plans": values}, "\n\n".join(texts)
 
 
 @cli.command()
@@ -106,6 +138,27 @@ def unpack(file: Path, model: str | None, output: Path | None, engines_dir: Path
 
     bundle = unpack_bundle(file, output or engines_dir / str(model), progress)
     return {"bundle": str(bundle.path), "file": str(file), "model": bundle.manifest.model}, str(bundle.path)
+
+
+@cli.command()
+@ENGINES_DIR
+@reporting
+def doctor(engines_dir: Path, progress: Progress) -> Result:
+    """Say what this machine can do with the bundles that are here, and how to mend what is in the way.
+
+    \b
+    Example:
+      cvx-deploy doctor
+    """
+    from cvx_deploy.doctor import diagnose
+
+    with progress.task("look at the bundles"):
+        found = diagnose(engines_dir)
+    values = found.as_dict()
+    if found.problems:
+        subjects = ", ".join(dict.fromkeys(problem.subject for problem in found.problems))
+        values["error"] = {"type": "CvxError", "what": f"not all is well: see {subjects}", "fix": "as said beside each"}
+    return values, str(found)
 
 
 @cli.command()

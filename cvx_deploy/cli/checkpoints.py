@@ -17,10 +17,10 @@ from cvx_deploy.progress import Progress
 @click.option("--like", required=True, type=click.Choice(list(MODELS)), help="The model to imitate.")
 @click.option(
     "--scale",
-    type=click.Choice(["tiny", "full"]),
+    type=click.Choice(["tiny", "wide", "full"]),
     default="tiny",
     show_default=True,
-    help="A few MB, or the real size.",
+    help="A few MB; the real width in 2 blocks, about 2 GB; or the real size.",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder that is new.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")

@@ -129,12 +129,25 @@ MOVED_CHECKPOINT = click.option(
 
 def need_export_extra(*packages: str) -> None:
     """Say what to install when `packages`, or those that export, are not there."""
+    need_extra("export", *(packages or ("torch", "diffusers", "transformers", "optimum", "onnx_ir")))
+
+
+def need_extra(extra: str, *packages: str) -> None:
+    """Say which extra to install when one of its packages is not there."""
     from importlib.util import find_spec
 
-    needed = packages or ("torch", "diffusers", "transformers", "optimum", "onnx_ir")
-    missing = [name for name in needed if find_spec(name) is None]
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise CvxError(
             f"this command needs {', '.join(missing)}, which the runtime does without",
-            fix='pip install "cvx-deploy[export]"',
+            fix=f'pip install "cvx-deploy[{extra}]"',
         )
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes that 12GB, 800MB or 16GiB means."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise click.BadParameter(f"{text!r} is not a size, such as 12GB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))

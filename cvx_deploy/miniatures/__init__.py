@@ -12,3 +12,8 @@ MINIATURES = ("mini", "mini-i2v")
 def miniature(name: str) -> Path:
     """Return the folder of a miniature, which is both its checkpoint and its bundle."""
     return Path(__file__).parent / name
+
+
+def is_packaged(bundle: Path) -> bool:
+    """Whether a bundle is one of the package's own, which nothing may write to."""
+    return bundle.resolve() in {miniature(name).resolve() for name in MINIATURES}

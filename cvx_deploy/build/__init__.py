@@ -1,0 +1,1 @@
+"""ONNX networks to TensorRT engines, and what the compiler made of them."""

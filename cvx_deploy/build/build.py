@@ -1,0 +1,284 @@
+"""A bundle's networks to engines: which are needed, which are there already, and what each build came to.
+
+Every engine is looked up under its key first, so that a build that was interrupted goes on where it stopped, and a
+second one does nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cvx_deploy.build.engine import (
+    BuildSettings,
+    BuiltFile,
+    UnfusedError,
+    make_config,
+    make_logger,
+    monitored,
+    write_engine,
+)
+from cvx_deploy.build.libraries import Library
+from cvx_deploy.build.memory import PeakMemory, require_memory, weight_bytes_of
+from cvx_deploy.build.network import Attention, attention_layers, parsed_network
+from cvx_deploy.build.plan import plans_from_messages
+from cvx_deploy.build.store import (
+    EngineKey,
+    EngineRecord,
+    EngineStore,
+    Platform,
+    Profile,
+    gpu_targets,
+    plans_to_json,
+)
+from cvx_deploy.bundle import Bundle, StoredFile
+from cvx_deploy.errors import BundleError, EngineError
+from cvx_deploy.files import require_space, sha256_of, staged_file
+from cvx_deploy.miniatures import is_packaged
+from cvx_deploy.progress import Progress
+
+_DENOISER = "transformer"
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        targets: Compute capabilities, such as sm89, for a library that compiles ahead of time.
+        platform: The GPU that is here, if one is.
+        networks: Which of the bundle's; none for all.
+        batch: Smallest and largest batch of the transformer: guidance needs 2, none needs 1.
+        force: Whether engines that are there already are built again.
+    """
+
+    targets: tuple[str, ...] = ()
+    platform: Platform | None = None
+    networks: tuple[str, ...] = ()
+    batch: tuple[int, int] = (1, 2)
+    settings: BuildSettings = field(default_factory=BuildSettings)
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to be had: a network, and the sizes it must take."""
+
+    network: str
+    role: str
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An engine that is there now.
+
+    Attributes:
+        role: What the network is in the pipeline.
+        reused: Whether it was there before.
+    """
+
+    record: EngineRecord
+    role: str
+    reused: bool
+
+
+def build(library: Library, bundle: Bundle, request: BuildRequest, progress: Progress) -> Iterator[Outcome]:
+    """Build what is missing, one engine after the other, and yield each as it is there.
+
+    Raises:
+        EngineError: The machine cannot build it, or the library refuses a network.
+        BundleError: A file of the bundle is missing or altered.
+        OutputError: An engine cannot be written.
+    """
+    if is_packaged(bundle.path):
+        name = bundle.path.name
+        raise BundleError(
+            f"{bundle.path} is a part of the package, where nothing is written",
+            fix=f"export it first: cvx-deploy export --model {name}",
+        )
+    store = EngineStore(bundle)
+    todo = jobs(bundle, request)
+    keys = [_key(library, bundle, job, request) for job in todo]
+    found = [None if request.force else store.reuse(key, job.network) for key, job in zip(keys, todo, strict=True)]
+    missing = {job.network for job, record in zip(todo, found, strict=True) if record is None}
+    require_memory(((name, weight_bytes_of(bundle, name)) for name in sorted(missing)), library.kind, bundle)
+    for job, key, record in zip(todo, keys, found, strict=True):
+        if record is not None:
+            yield Outcome(record, job.role, reused=True)
+        else:
+            built = _built(library, store, bundle, job, key, request, progress)
+            yield Outcome(built, job.role, reused=False)
+
+
+def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
+    """Return an engine's job for every network of every shape; shapes that need the same engine share it.
+
+    Raises:
+        EngineError: A network was asked for that the bundle has not.
+    """
+    unknown = set(request.networks) - set(bundle.manifest.networks)
+    if unknown:
+        have = ", ".join(bundle.manifest.networks)
+        raise EngineError(f"{bundle.path} has no network {min(unknown)}", fix=f"name some of {have}")
+    found: list[Job] = []
+    for entry in bundle.manifest.shapes:
+        for role, name in entry.networks.items():
+            spatial = bundle.manifest.vae.spatial
+            height, width = entry.shape.height // spatial, entry.shape.width // spatial
+            # The text encoder takes one prompt at a time.
+            least, most = request.batch if role == _DENOISER else (1, 1)
+            sizes: Profile = {
+                "batch": (least, most, most),
+                "latent_height": (height, height, height),
+                "latent_width": (width, width, width),
+            }
+            symbols = _symbols(bundle, name)
+            job = Job(name, role, {symbol: extent for symbol, extent in sizes.items() if symbol in symbols})
+            if job not in found and (not request.networks or name in request.networks):
+                found.append(job)
+    return found
+
+
+def _symbols(bundle: Bundle, name: str) -> set[str]:
+    inputs = bundle.manifest.networks[name].inputs
+    return {size.rpartition("*")[2] for spec in inputs for size in spec.shape if isinstance(size, str)}
+
+
+def _key(library: Library, bundle: Bundle, job: Job, request: BuildRequest) -> EngineKey:
+    network = bundle.manifest.networks[job.network]
+    return EngineKey(
+        library.kind,
+        network.file.sha256,
+        {name: bundle.manifest.weights[name].sha256 for name in network.weights},
+        job.profile,
+        asdict(request.settings),
+        library.version,
+        _targets(library, request),
+    )
+
+
+def _targets(library: Library, request: BuildRequest) -> tuple[str, ...]:
+    """Return what the engines are for, or say what is missing."""
+    if library.ahead_of_time:
+        if request.targets:
+            _check_targets(library, request.targets)
+            return tuple(sorted(set(request.targets), key=_number))
+        if request.platform is None:
+            raise EngineError(
+                "there is no GPU here to build for", fix="say which, with --target sm89 (or rtx4090), once or more"
+            )
+        return (request.platform.capability,)
+    if request.targets:
+        raise EngineError(
+            f"{library.kind} builds for the GPU that is here alone",
+            fix="leave --target out, or build with --engine tensorrt-rtx",
+        )
+    if request.platform is None:
+        raise EngineError(
+            f"{library.kind} builds on the GPU it will run on, and there is none here",
+            fix="build on that machine, or with --engine tensorrt-rtx --target sm89, which needs no GPU",
+        )
+    if request.settings.hardware_compatibility == "same-capability":
+        return (request.platform.capability,)
+    return gpu_targets(request.platform)
+
+
+def _check_targets(library: Library, targets: tuple[str, ...]) -> None:
+    known = {f"sm{int(capability)}" for capability in library.module.ComputeCapability.__members__.values()}
+    for target in targets:
+        if target not in known:
+            can = ", ".join(sorted((name for name in known if _number(name) > 1), key=_number))
+            raise EngineError(
+                f"{library.kind} {library.version} compiles for {can}, not for {target}",
+                fix="name one of these, or build on the GPU itself with --engine tensorrt",
+            )
+
+
+def _number(capability: str) -> int:
+    return int(capability.removeprefix("sm"))
+
+
+def _built(
+    library: Library,
+    store: EngineStore,
+    bundle: Bundle,
+    job: Job,
+    key: EngineKey,
+    request: BuildRequest,
+    progress: Progress,
+) -> EngineRecord:
+    """Build one engine and write it, its plan and its record: the record last, which makes it known."""
+    path = store.folder / f"{job.network}-{key.digest}.engine"
+    require_space(bundle.path, weight_bytes_of(bundle, job.network))
+    start = time.perf_counter()
+    with PeakMemory() as memory, staged_file(path) as staging:
+        built, attention = _compiled(library, bundle, job, key, request.settings, staging, progress)
+    seconds = time.perf_counter() - start
+    text = plans_to_json(plans_from_messages(built.messages, key.targets))
+    plan = path.with_suffix(".plan.json")
+    with staged_file(plan) as staging:
+        staging.write_bytes(text)
+    inside = f"{store.folder.name}/"
+    record = EngineRecord(
+        key=key,
+        network=job.network,
+        file=StoredFile(inside + path.name, built.size, built.sha256),
+        mtime_ns=path.stat().st_mtime_ns,
+        plan=StoredFile(inside + plan.name, len(text), sha256_of(plan)),
+        attention=attention,
+        seconds=round(seconds, 2),
+        peak_bytes=memory.peak_bytes,
+        private_bytes=memory.private_bytes,
+        built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    store.keep(record)
+    return record
+
+
+def _compiled(
+    library: Library,
+    bundle: Bundle,
+    job: Job,
+    key: EngineKey,
+    settings: BuildSettings,
+    path: Path,
+    progress: Progress,
+) -> tuple[BuiltFile, Attention]:
+    """Compile a network; attention that no fused kernel takes is taken apart, and that is said.
+
+    Fused attention exists in 16 bits and less; in fp32 the operator is declared decomposable from the start.
+    """
+    decomposed = bundle.manifest.precision == "fp32"
+    try:
+        return _compiled_once(library, bundle, job, key, settings, path, progress, decomposed=decomposed)
+    except UnfusedError as error:
+        progress.note(f"{job.network}: {error.what}; it is compiled from its parts instead")
+        path.unlink(missing_ok=True)
+        return _compiled_once(library, bundle, job, key, settings, path, progress, decomposed=True)
+
+
+def _compiled_once(
+    library: Library,
+    bundle: Bundle,
+    job: Job,
+    key: EngineKey,
+    settings: BuildSettings,
+    path: Path,
+    progress: Progress,
+    *,
+    decomposed: bool,
+) -> tuple[BuiltFile, Attention]:
+    logger = make_logger(library)
+    builder = library.module.Builder(logger)
+    with parsed_network(library, builder, bundle, job.network, job.profile, logger, progress) as network:
+        attention = attention_layers(library.module, network.definition)
+        for layer in attention:
+            layer.decomposable = decomposed
+        described = bundle.manifest.networks[job.network]
+        targets = [_number(target) for target in key.targets] if library.ahead_of_time else []
+        config = make_config(library, builder, described, job.profile, settings, targets)
+        with monitored(library, config, job.network, progress):
+            built = write_engine(library, builder, network, config, logger, path)
+    form: Attention = "none" if not attention else "decomposed" if decomposed else "fused"
+    return built, form

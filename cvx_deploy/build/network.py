@@ -1,0 +1,135 @@
+"""A bundle's ONNX network as a TensorRT network definition, its weights mapped from where they lie.
+
+The weights never pass through protobuf or through a copy of ours: the parser is handed the address of each in the
+mapped file. The maps must live as long as the network.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cvx_deploy.build.libraries import Library
+from cvx_deploy.build.store import Profile
+from cvx_deploy.bundle import Bundle, Network, dimension
+from cvx_deploy.errors import EngineError
+from cvx_deploy.progress import Progress
+
+Attention = Literal["fused", "decomposed", "none"]
+
+# What would help with an operator that a parser refuses.
+_REWRITES = {
+    "SplitToSequence": "cvx-deploy export writes it as Split: export the bundle again",
+    "SequenceAt": "cvx-deploy export writes it as Split: export the bundle again",
+    "ReduceMean": "cvx-deploy export folds its axes into constants: export the bundle again",
+    "Attention": "export with --precision bf16 or fp16, which have fused attention kernels",
+}
+
+
+@dataclass(frozen=True)
+class ParsedNetwork:
+    """A network the builder can take.
+
+    Attributes:
+        definition: TensorRT's ``INetworkDefinition``.
+        weight_bytes: Bytes of its weights as they are stored.
+        held: What must not be let go of before the build ends: the parser, and the mapped weight files.
+    """
+
+    definition: Any
+    weight_bytes: int
+    held: tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def parsed_network(
+    library: Library, builder: Any, bundle: Bundle, name: str, profile: Profile, logger: Any, progress: Progress
+) -> Iterator[ParsedNetwork]:
+    """Yield one of the bundle's networks, parsed, with the sizes that `profile` fixes written into it.
+
+    Raises:
+        EngineError: The parser refuses it: which node, why, and what would help.
+        BundleError: A weight file is missing or altered.
+    """
+    described = bundle.manifest.networks[name]
+    model = onnx.ModelProto.FromString(bundle.inside(described.file.path).read_bytes())
+    _fix_sizes(model.graph, described, profile)
+    api = library.module
+    flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    definition = builder.create_network(flags)
+    parser = api.OnnxParser(definition, logger)
+    if not parser.load_model_proto(model.SerializeToString()):
+        raise _refused(parser, library, name)
+    weights = mapped_weights(bundle, name, model.graph, progress)
+    for weight, content in weights.items():
+        if not parser.load_initializer(weight, content.ctypes.data, content.nbytes):
+            raise _refused(parser, library, name)
+    if not parser.parse_model_proto():
+        raise _refused(parser, library, name)
+    weight_bytes = sum(content.nbytes for content in weights.values())
+    yield ParsedNetwork(definition, weight_bytes, (parser, weights))
+
+
+def mapped_weights(
+    bundle: Bundle, name: str, graph: onnx.GraphProto, progress: Progress
+) -> dict[str, NDArray[np.uint8]]:
+    """Return the bytes of every weight of a network that lies in a weight file, mapped, by the initializer's name.
+
+    Raises:
+        EngineError: A weight lies outside the bundle's files.
+        BundleError: A weight file is missing or altered.
+    """
+    files = bundle.manifest.networks[name].weights
+    maps = {file: np.memmap(bundle.weight_path(file, progress), np.uint8, mode="r") for file in files}
+    external = (tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    return {tensor.name: _content(tensor, maps, name) for tensor in external}
+
+
+def attention_layers(api: Any, definition: Any) -> list[Any]:
+    """Return the attention operators (``IAttention``) of a network definition; `api` is the library's module."""
+    found = []
+    for index in range(definition.num_layers):
+        layer = definition.get_layer(index)
+        if layer.type == api.LayerType.ATTENTION_INPUT:
+            layer.__class__ = api.IAttentionInputLayer  # the bindings hand out every layer as an ILayer
+            found.append(layer.attention)
+    return found
+
+
+def _fix_sizes(graph: onnx.GraphProto, described: Network, profile: Profile) -> None:
+    """Write the sizes that cannot vary into the graph's inputs and outputs, so that shapes are computed at once."""
+    fixed = {symbol: least for symbol, (least, _, most) in profile.items() if least == most}
+    specs = {spec.name: spec for spec in (*described.inputs, *described.outputs)}
+    for value in (*graph.input, *graph.output):
+        axes = value.type.tensor_type.shape.dim
+        for axis, size in zip(axes, specs[value.name].shape, strict=True):
+            if isinstance(size, str) and size.rpartition("*")[2] in fixed:
+                axis.dim_value = dimension(size, fixed)
+
+
+def _content(initializer: onnx.TensorProto, maps: Mapping[str, NDArray[np.uint8]], name: str) -> NDArray[np.uint8]:
+    """Return the bytes of an external initializer, where they are mapped."""
+    entries = {entry.key: entry.value for entry in initializer.external_data}
+    file, start, length = maps.get(entries["location"]), int(entries.get("offset", 0)), int(entries.get("length", 0))
+    if file is None or start < 0 or start + length > file.nbytes:
+        raise EngineError(
+            f"{name}: {initializer.name} lies outside the bundle's weight files", fix="export the bundle again"
+        )
+    return file[start : start + length]
+
+
+def _refused(parser: Any, library: Library, name: str) -> EngineError:
+    """Say which node the parser refuses, and why."""
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not errors:
+        return EngineError(f"{library.kind} cannot read the network {name}", fix="export the bundle again")
+    first = errors[0]
+    operator = first.node_operator()
+    where = f"node {first.node_name()} ({operator})" if operator else "the graph"
+    reason = " ".join(first.desc().split())
+    fix = _REWRITES.get(operator, "report this with the name of the model; until then run it with --engine onnxruntime")
+    return EngineError(f"{library.kind} {library.version} refuses {where} of {name}: {reason}", fix=fix)

@@ -1,0 +1,187 @@
+"""Commands that compile engines and look at them."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
+from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, need_extra, reporting, which_bundle
+from cvx_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from cvx_deploy.build.build import Outcome
+    from cvx_deploy.build.gate import Findings
+    from cvx_deploy.bundle import Bundle
+
+
+def _target(text: str) -> str:
+    """Return the compute capability that sm89, or a GPU's name, means."""
+    if found := re.fullmatch(r"(?:sm_?)?(\d{2,3})", text.lower()):
+        return f"sm{found[1]}"
+    from cvx_deploy.build.gpus import gpu_named
+
+    return gpu_named(text).compute_capability
+
+
+def _batch(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([12])(?:-([12]))?", text)
+    if not found or int(found[1]) > int(found[2] or found[1]):
+        raise click.BadParameter(f"{text!r} is not 1, 2 or 1-2")
+    return int(found[1]), int(found[2] or found[1])
+
+
+@cli.command()
+@which_bundle
+@click.option(
+    "--engine",
+    type=click.Choice([*ENGINE_KINDS, "onnxruntime"]),
+    help="Default: tensorrt-rtx when --target is given or only it is installed, else tensorrt. onnxruntime compiles "
+    "nothing: every network is loaded once.",
+)
+@click.option(
+    "--target",
+    "targets",
+    type=_target,
+    multiple=True,
+    metavar="sm89|GPU",
+    help="A compute capability, or a GPU (rtx4090), to compile for with tensorrt-rtx; again for more.",
+)
+@click.option("--network", "networks", multiple=True, metavar="NAME", help="Only this network; again for more.")
+@click.option(
+    "--batch",
+    type=_batch,
+    default="1-2",
+    show_default=True,
+    metavar="1|2|1-2",
+    help="Of the transformer: guidance needs 2. One number gives a static engine.",
+)
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fastest, 5 runs fastest.")
+@click.option("--workspace", type=bytes_of, metavar="SIZE", help="Memory a kernel may use for itself, such as 2GB.")
+@click.option(
+    "--version-compatible", is_flag=True, help="Let newer libraries of the same major version run the engines."
+)
+@click.option(
+    "--hardware-compatibility",
+    type=click.Choice(["none", "ampere-plus", "same-capability"]),
+    default="none",
+    show_default=True,
+    help="Which other GPUs engines of tensorrt run on.",
+)
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory when the GPU's is small.")
+@click.option("--refit", is_flag=True, help="Let weights be exchanged later, for cvx-deploy refit.")
+@click.option("--strip-weights", is_flag=True, help="Write engines without the weights that a refit brings back.")
+@click.option("--force", is_flag=True, help="Build again what is there already.")
+@click.option("--strict", is_flag=True, help="Fail when a network was not compiled as expected.")
+@MOVED_CHECKPOINT
+@reporting
+def build(
+    path: Path,
+    engine: EngineKind | Literal["onnxruntime"] | None,
+    targets: tuple[str, ...],
+    networks: tuple[str, ...],
+    batch: tuple[int, int],
+    force: bool,
+    strict: bool,
+    checkpoint: Path | None,
+    progress: Progress,
+    **settings: Any,
+) -> Result:
+    """Compile a bundle's networks to TensorRT engines, and say what the compiler made of them.
+
+    Engines lie in the bundle under a hash of all they depend on: what is there and fits is not built again.
+
+    \b
+    Examples:
+      cvx-deploy build --model 5b
+      cvx-deploy build --model 5b --engine tensorrt-rtx --target sm89 --target sm120
+    """
+    need_extra("tensorrt-rtx", "onnx", "psutil")
+    from cvx_deploy.build.build import BuildRequest
+    from cvx_deploy.build.build import build as build_engines
+    from cvx_deploy.build.engine import BuildSettings
+    from cvx_deploy.build.libraries import choose_library
+    from cvx_deploy.build.platforms import platform_here
+    from cvx_deploy.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    if checkpoint is not None:
+        bundle = bundle.with_checkpoint(checkpoint)
+    if engine == "onnxruntime":
+        return _loaded(bundle, progress)
+    library = choose_library(engine, ahead_of_time=bool(targets))
+    request = BuildRequest(targets, platform_here(), networks, batch, BuildSettings(**settings), force)
+    outcomes, verdicts = [], []
+    for outcome in build_engines(library, bundle, request, progress):
+        outcomes.append(outcome)
+        verdicts.append(_judged(bundle, outcome))
+        progress.note("\n".join(map(str, verdicts[-1])))
+    values: dict[str, Any] = {
+        "bundle": str(path),
+        "engine": library.kind,
+        "library": library.version,
+        "engines": [_values(*pair) for pair in zip(outcomes, verdicts, strict=True)],
+    }
+    failed = [outcome.record.network for outcome, found in zip(outcomes, verdicts, strict=True) if _fails(found)]
+    if strict and failed:
+        what = f"not compiled as expected: {', '.join(dict.fromkeys(failed))}"
+        values["error"] = {"type": "EngineError", "what": what, "fix": "see the findings, or leave --strict out"}
+    return values, "\n".join(_line(outcome, bundle) for outcome in outcomes)
+
+
+def _loaded(bundle: "Bundle", progress: Progress) -> Result:
+    """Load every network in ONNX Runtime, which runs the graphs as they are."""
+    from cvx_deploy.verify import verify
+
+    found = verify(bundle, progress, load=True, quick=True)
+    values: dict[str, Any] = {"bundle": str(bundle.path), "engine": "onnxruntime", "engines": [], **found.as_dict()}
+    if found.unsound:
+        what = f"{bundle.path} is not sound: see {', '.join(found.unsound)}"
+        values["error"] = {"type": "BundleError", "what": what, "fix": bundle.remedy}
+    return values, f"{found}\nonnxruntime runs the graphs as they are: there is nothing to compile"
+
+
+def _judged(bundle: "Bundle", outcome: "Outcome") -> list["Findings"]:
+    """Return the fusion gate's findings, for every target and profile of an engine."""
+    import onnx
+
+    from cvx_deploy.build.gate import facts_from_graph, judge
+    from cvx_deploy.build.store import EngineStore
+
+    record = outcome.record
+    graph = onnx.ModelProto.FromString(
+        bundle.inside(bundle.manifest.networks[record.network].file.path).read_bytes()
+    ).graph
+    facts = facts_from_graph(graph, outcome.role, bundle.manifest.precision)
+    return [judge(plan, facts) for plan in EngineStore(bundle).plans(record)]
+
+
+def _fails(findings: list["Findings"]) -> bool:
+    return not all(found.ok for found in findings)
+
+
+def _values(outcome: "Outcome", findings: list["Findings"]) -> dict[str, Any]:
+    record = outcome.record
+    return {
+        "network": record.network,
+        "file": record.file.path,
+        "bytes": record.file.size,
+        "sha256": record.file.sha256,
+        "plan": record.plan.path,
+        "targets": list(record.key.targets),
+        "profile": record.key.profile,
+        "attention": record.attention,
+        "reused": outcome.reused,
+        "seconds": record.seconds,
+        "peak_bytes": record.peak_bytes,
+        "private_bytes": record.private_bytes,
+        "findings": [found.as_dict() for found in findings],
+    }
+
+
+def _line(outcome: "Outcome", bundle: "Bundle") -> str:
+    record = outcome.record
+    how = "there already" if outcome.reused else f"built in {record.seconds:.0f} s, {record.peak_bytes / 2**30:.1f} GiB"
+    return f"{bundle.path / record.file.path}: {record.file.size:,} bytes, {how}"

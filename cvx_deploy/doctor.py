@@ -1,0 +1,216 @@
+"""What this machine can do with the bundles that are here, and what is in the way, each with its cure."""
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime
+
+from cvx_deploy import __version__
+from cvx_deploy.build.libraries import ENGINE_KINDS, Library, load_library
+from cvx_deploy.build.store import EngineStore, Platform
+from cvx_deploy.bundle import MANIFEST, Bundle
+from cvx_deploy.errors import BundleError, CvxError, EngineError
+from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.runtime.cuda import CudaPython, Gpu
+
+_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "cuda-python",
+    "torch",
+    "diffusers",
+    "transformers",
+)
+_LEAST_DISK = 10 * 10**9
+
+State = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        state: ``note`` for what is in nobody's way, ``problem`` for what is.
+        subject: What was looked at: python, gpu, tensorrt-rtx, bundle 5b, ...
+        what: What was found.
+        fix: How to mend it; empty where nothing needs mending.
+    """
+
+    state: State
+    subject: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        cure = f". fix: {self.fix}" if self.fix else ""
+        return f"{self.state:<8}{self.subject}: {self.what}{cure}"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was found."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """What is in somebody's way."""
+        return tuple(finding for finding in self.findings if finding.state == "problem")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {"ok": not self.problems, "findings": [asdict(finding) for finding in self.findings]}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.findings))
+
+
+def diagnose(engines_dir: Path) -> Diagnosis:
+    """Look at the machine, the engine kinds, and every bundle in a folder.
+
+    Args:
+        engines_dir: Where bundles live by their names.
+    """
+    gpus, no_gpu = _gpus()
+    libraries = {kind: _library(kind) for kind in ENGINE_KINDS}
+    findings = [
+        *_versions(),
+        *_machine(engines_dir),
+        *([Finding("note", "gpu", no_gpu.what, no_gpu.fix)] if no_gpu else map(_gpu_finding, gpus)),
+        *_onnxruntime(),
+        *(_library_finding(kind, found) for kind, found in libraries.items()),
+    ]
+    here = [Platform(gpu.name, gpu.compute_capability, gpu.driver) for gpu in gpus]
+    usable = [found for found in libraries.values() if isinstance(found, Library)]
+    for place in _bundles(engines_dir):
+        findings += _bundle(place, usable, here)
+    return Diagnosis(tuple(findings))
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("ok", "cvx-deploy", __version__)
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
+    for name in _PACKAGES:
+        try:
+            yield Finding("ok", name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _machine(engines_dir: Path) -> Iterator[Finding]:
+    try:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
+    except ImportError:
+        yield Finding("note", "memory", "unknown without psutil", 'pip install "cvx-deploy[tensorrt-rtx]"')
+    place = next(folder for folder in (engines_dir.absolute(), *engines_dir.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    enough = free >= _LEAST_DISK
+    yield Finding(
+        "ok" if enough else "problem",
+        "disk",
+        f"{free / 1e9:.1f} GB free at {place}",
+        "" if enough else "make room: an engine is as large as its weights, 11 GB for a 5b transformer in bf16",
+    )
+
+
+def _gpus() -> tuple[list[Gpu], EngineError | None]:
+    try:
+        cuda = CudaPython()
+        return [cuda.gpu(device) for device in range(cuda.count())], None
+    except EngineError as error:
+        return [], error
+
+
+def _gpu_finding(gpu: Gpu) -> Finding:
+    return Finding("ok", "gpu", f"{gpu.name}, {gpu.compute_capability}, {gpu.memory / 1e9:.1f} GB, driver {gpu.driver}")
+
+
+def _onnxruntime() -> Iterator[Finding]:
+    providers = onnxruntime.get_available_providers()
+    yield Finding("ok", "onnxruntime", "runs fp32 and fp16 bundles on the CPU")
+    if "CUDAExecutionProvider" in providers:
+        yield Finding("ok", "onnxruntime cuda", "runs bundles on an NVIDIA GPU")
+    else:
+        yield Finding(
+            "note",
+            "onnxruntime cuda",
+            "this build of ONNX Runtime has none",
+            "pip install onnxruntime-gpu in its place",
+        )
+
+
+def _library(kind: Any) -> Library | EngineError:
+    try:
+        return load_library(kind)
+    except EngineError as error:
+        return error
+
+
+def _library_finding(kind: str, found: Library | EngineError) -> Finding:
+    if isinstance(found, EngineError):
+        return Finding("note", kind, found.what, found.fix)
+    return Finding("ok", kind, found.version)
+
+
+def _bundles(engines_dir: Path) -> Iterator[Path]:
+    """Yield every bundle in the folder, and the package's own that nobody has exported."""
+    named = sorted(path.parent for path in engines_dir.glob(f"*/{MANIFEST}"))
+    yield from named
+    yield from (miniature(name) for name in MINIATURES if name not in {path.name for path in named})
+
+
+def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iterator[Finding]:
+    subject = f"bundle {place.name}"
+    try:
+        bundle = Bundle.open(place)
+        for name in bundle.manifest.weights:
+            bundle.locate_weight(name)
+    except CvxError as error:
+        yield Finding("problem", subject, error.what, error.fix)
+        return
+    shapes = ", ".join(map(str, bundle.shapes))
+    yield Finding("ok", subject, f"{bundle.manifest.model}, {bundle.manifest.precision}, {shapes}, at {place}")
+    if bundle.manifest.precision == "bf16":
+        yield Finding(
+            "note", subject, "ONNX Runtime has no bf16 on the CPU", "export with --precision fp32 to run it there"
+        )
+    for library in libraries:
+        yield from _engines(bundle, subject, library, gpus)
+
+
+def _engines(bundle: Bundle, subject: str, library: Library, gpus: list[Platform]) -> Iterator[Finding]:
+    """Say of the engines of one kind whether each fits, and which part of its key differs if it does not."""
+    store = EngineStore(bundle)
+    records = [record for record in store.records() if record.key.kind == library.kind]
+    for record in records:
+        places: list[Platform | None] = [*gpus] or [None]
+        misfits = [record.key.misfits(store.wanted(record.network, library.version, gpu)) for gpu in places]
+        where = f"{library.kind} engine of {record.network} for {', '.join(record.key.targets)}"
+        try:
+            store.path(record)
+        except BundleError as error:
+            yield Finding("problem", subject, error.what, error.fix)
+            continue
+        if all(misfits):
+            differs = "; ".join(misfits[0])
+            yield Finding("problem", subject, f"{where} does not fit: {differs}", store.remedy(library.kind, gpus))
+        elif gpus:
+            yield Finding("ok", subject, f"{where} runs here")
+        else:
+            yield Finding("note", subject, f"{where} is whole; there is no GPU here to run it on")
+    built = {record.network for record in records}
+    missing = [name for name in bundle.manifest.networks if name not in built]
+    if records and missing:
+        what = f"there is no {library.kind} engine of {', '.join(missing)}"
+        yield Finding("problem", subject, what, store.remedy(library.kind, gpus))

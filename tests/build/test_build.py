@@ -1,0 +1,267 @@
+"""Every network of every model is compiled, for real and without a GPU, and judged."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import onnx
+import pytest
+
+from cvx_deploy.build.build import BuildRequest, Outcome, build, jobs
+from cvx_deploy.build.engine import BuildSettings
+from cvx_deploy.build.gate import facts_from_graph, judge
+from cvx_deploy.build.libraries import Library, load_library
+from cvx_deploy.build.memory import build_memory
+from cvx_deploy.build.store import EngineStore, Platform
+from cvx_deploy.bundle import Bundle
+from cvx_deploy.errors import BundleError, EngineError, OutputError
+from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.progress import SilentProgress
+from tests.command import cvx
+from tests.conftest import Exported
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+REQUEST = BuildRequest(targets=("sm89",), batch=(2, 2))
+NATIVE = {"float16": "fp16", "bfloat16": "bf16"}
+ADA = Platform("NVIDIA GeForce RTX 4090", "sm89", "580.65")
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return load_library("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def own(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """Return a copy of a tiny bundle that a test may write engines into."""
+
+    def copy(name: str, **request: str) -> Bundle:
+        place = tmp_path_factory.mktemp("bundle") / name
+        shutil.copytree(exported(name, **request).path, place)
+        return Bundle.open(place)
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def encoder(own: Callable[..., Bundle], library: Library) -> tuple[Bundle, Outcome]:
+    """Return a bundle with the engine of its text encoder, the quickest to build."""
+    bundle = own("5b", precision="bf16")
+    (outcome,) = built(library, bundle, replace(REQUEST, networks=("text_encoder",)))
+    return bundle, outcome
+
+
+def built(library: Library, bundle: Bundle, request: BuildRequest = REQUEST) -> list[Outcome]:
+    return list(build(library, bundle, request, SilentProgress()))
+
+
+def graph_of(bundle: Bundle, name: str) -> onnx.GraphProto:
+    return onnx.ModelProto.FromString(bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()).graph
+
+
+def test_every_network_of_every_model_compiles_as_expected(
+    model_name: str, own: Callable[..., Bundle], library: Library
+) -> None:
+    bundle = own(model_name, precision=NATIVE[MODELS[model_name].dtype])
+    outcomes = built(library, bundle)
+    assert {outcome.record.network for outcome in outcomes} == set(bundle.manifest.networks)
+    store = EngineStore(bundle)
+    for outcome in outcomes:
+        record = outcome.record
+        assert store.path(record).stat().st_size == record.file.size > 100_000
+        (plan,) = store.plans(record)
+        facts = facts_from_graph(graph_of(bundle, record.network), outcome.role, bundle.manifest.precision)
+        assert judge(plan, facts).ok, judge(plan, facts)
+        attentions = sum(node.op_type == "Attention" for node in graph_of(bundle, record.network).node)
+        assert record.attention == ("fused" if attentions else "none")
+        assert sum("mha" in kernel.name for kernel in plan.kernels) == attentions
+
+
+def test_in_fp32_attention_is_compiled_from_its_parts(own: Callable[..., Bundle], library: Library) -> None:
+    bundle = own("5b")
+    (outcome,) = built(library, bundle, replace(REQUEST, networks=("transformer",)))
+    assert outcome.record.attention == "decomposed"
+    (plan,) = EngineStore(bundle).plans(outcome.record)
+    assert not any("mha" in kernel.name for kernel in plan.kernels)
+
+
+def test_an_engine_that_is_there_is_not_built_again(encoder: tuple[Bundle, Outcome], library: Library) -> None:
+    bundle, outcome = encoder
+    (again,) = built(library, bundle, replace(REQUEST, networks=("text_encoder",)))
+    assert again.reused
+    assert again.record == outcome.record
+
+
+def test_an_altered_engine_is_refused_and_built_again(encoder: tuple[Bundle, Outcome], library: Library) -> None:
+    bundle, outcome = encoder
+    path = EngineStore(bundle).path(outcome.record)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"was altered since it was built\. fix: run: cvx-deploy build"):
+        EngineStore(bundle).path(outcome.record)
+    (again,) = built(library, bundle, replace(REQUEST, networks=("text_encoder",)))
+    assert not again.reused
+    assert EngineStore(bundle).path(again.record) == path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"library": "9.9"}, "it was built with tensorrt-rtx .*, here is 9.9"),
+        ({"platform": replace(ADA, capability="sm120")}, "it was built for sm89, here is .* \\(sm120\\)"),
+        ({"sizes": {"batch": 3}}, "it takes batch 1 to 1, not 3"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused_in_words(
+    encoder: tuple[Bundle, Outcome], library: Library, change: dict[str, object], words: str
+) -> None:
+    asked = {"sizes": {"batch": 1}, "library": library.version, "platform": ADA}
+    store = EngineStore(encoder[0])
+    assert store.find("tensorrt-rtx", "text_encoder", **asked).network == "text_encoder"  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=f"{words}.* fix: run: cvx-deploy build"):
+        store.find("tensorrt-rtx", "text_encoder", **{**asked, **change})  # type: ignore[arg-type]
+
+
+def test_an_engine_of_another_graph_or_of_other_weights_is_stale(
+    encoder: tuple[Bundle, Outcome], library: Library
+) -> None:
+    bundle, _ = encoder
+    manifest, network = bundle.manifest, bundle.manifest.networks["text_encoder"]
+    other = replace(network, file=replace(network.file, sha256="0" * 64))
+    weights = {name: replace(file, sha256="1" * 64) for name, file in manifest.weights.items()}
+    for changed, words in (
+        (replace(manifest, networks={**manifest.networks, "text_encoder": other}), "ONNX graph was another one"),
+        (replace(manifest, weights=weights), "the weights in text_encoder.* were others"),
+    ):
+        store = EngineStore(replace(bundle, manifest=changed))
+        with pytest.raises(EngineError, match=words):
+            store.find("tensorrt-rtx", "text_encoder", {"batch": 1}, library.version, ADA)
+
+
+def test_a_damaged_record_counts_as_none(encoder: tuple[Bundle, Outcome], library: Library, tmp_path: Path) -> None:
+    place = tmp_path / "bundle"
+    shutil.copytree(encoder[0].path, place)
+    bundle = Bundle.open(place)
+    (record,) = (path for path in (place / "engines").glob("*.json") if not path.name.endswith(".plan.json"))
+    record.write_text("{")
+    with pytest.raises(EngineError, match="has no tensorrt-rtx engine for text_encoder"):
+        EngineStore(bundle).find("tensorrt-rtx", "text_encoder", {"batch": 1}, library.version, ADA)
+
+
+def test_a_record_cannot_lead_out_of_the_bundle(encoder: tuple[Bundle, Outcome]) -> None:
+    bundle, outcome = encoder
+    away = replace(outcome.record, file=replace(outcome.record.file, path="../away.engine"))
+    with pytest.raises(BundleError, match="which lies outside"):
+        EngineStore(bundle).path(away)
+
+
+class Interrupting(SilentProgress):
+    """Ctrl-C in the middle of a build."""
+
+    def task(self, description: str, total: int | None = None):  # type: ignore[no-untyped-def]
+        import contextlib
+
+        @contextlib.contextmanager
+        def shown():  # type: ignore[no-untyped-def]
+            def advance(_: int) -> None:
+                if description.startswith("build "):
+                    raise KeyboardInterrupt
+
+            yield advance
+
+        return shown()
+
+
+def test_an_interrupted_build_leaves_nothing(own: Callable[..., Bundle], library: Library) -> None:
+    bundle = own("5b", precision="bf16")
+    request = replace(REQUEST, networks=("text_encoder",))
+    with pytest.raises(KeyboardInterrupt):
+        list(build(library, bundle, request, Interrupting()))
+    left = [path.name for path in (bundle.path / "engines").glob("*")] if (bundle.path / "engines").exists() else []
+    assert left == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    own: Callable[..., Bundle], library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = own("5b", precision="bf16")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(OutputError, match="where 10 are free"):
+        built(library, bundle, replace(REQUEST, networks=("text_encoder",)))
+    assert not (bundle.path / "engines").exists()
+
+
+def test_a_machine_that_is_too_small_is_told_before_the_build(
+    own: Callable[..., Bundle], library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=build_memory(0)))
+    with pytest.raises(EngineError, match=r"takes about 0\.6 GiB of memory, and 0\.6 GiB are available"):
+        built(library, own("5b", precision="bf16"), replace(REQUEST, networks=("text_encoder",)))
+
+
+def test_a_network_that_the_parser_refuses_names_its_node(own: Callable[..., Bundle], library: Library) -> None:
+    bundle = own("5b", precision="bf16")
+    path = bundle.onnx_path("text_encoder")
+    model = onnx.ModelProto.FromString(path.read_bytes())
+    node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    node.op_type, node.domain = "Softmux", "made.up"
+    model.opset_import.append(onnx.helper.make_opsetid("made.up", 1))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=f"refuses node {node.name} \\(Softmux\\) of text_encoder: "):
+        built(library, bundle, replace(REQUEST, networks=("text_encoder",)))
+
+
+def test_shapes_that_need_the_same_engine_share_it(exported: Exported) -> None:
+    shapes = (Shape(9, 80, 112), Shape(17, 80, 112))
+    found = jobs(exported("5b", shapes=shapes), REQUEST)
+    assert sum(job.role == "text_encoder" for job in found) == 1
+    assert sum(job.role == "transformer" for job in found) == 2
+
+
+def test_other_settings_make_another_engine(encoder: tuple[Bundle, Outcome], library: Library) -> None:
+    bundle, outcome = encoder
+    settings = BuildSettings(weight_streaming=True, optimization_level=1)
+    (other,) = built(library, bundle, replace(REQUEST, networks=("text_encoder",), settings=settings))
+    assert other.record.key.digest != outcome.record.key.digest
+    assert len(EngineStore(bundle).records()) == 2
+
+
+def test_the_command_builds_says_what_fused_and_does_it_once(own: Callable[..., Bundle]) -> None:
+    bundle = own("5b", precision="bf16")
+    words = ("build", "--bundle", bundle.path, "--target", "rtx4090", "--batch", "2", "--network", "transformer")
+    first = json.loads(cvx(*words, "--strict", "--json").out)
+    (engine,) = first["engines"]
+    assert (engine["targets"], engine["attention"], engine["reused"]) == (["sm89"], "fused", False)
+    (finding,) = engine["findings"]
+    assert finding["ok"]
+    assert finding["fused_attentions"] == finding["attentions"] > 0
+    assert json.loads(cvx(*words, "--json").out)["engines"][0]["reused"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--bundle", "{bundle}"), "there is no GPU here to build for"),
+        (("--bundle", "{bundle}", "--target", "sm90"), "compiles for sm75, sm80, .*, not for sm90"),
+        (("--bundle", "{bundle}", "--target", "rtx4099"), "no figures are known for a GPU called rtx4099"),
+        (("--bundle", "{bundle}", "--target", "sm89", "--network", "unet"), "has no network unet"),
+        (("--model", "mini", "--target", "sm89"), "is a part of the package, where nothing is written"),
+        (("--bundle", "{bundle}", "--engine", "tensorrt"), "tensorrt is not installed here"),
+    ],
+)
+def test_what_cannot_be_built_is_one_clear_error(exported: Exported, words: tuple[str, ...], said: str) -> None:
+    place = str(exported("5b", precision="bf16").path)
+    import re
+
+    assert re.search(said, cvx("build", *(word.format(bundle=place) for word in words)).failure())
+
+
+def test_records_are_plain_json(encoder: tuple[Bundle, Outcome]) -> None:
+    bundle, outcome = encoder
+    path = bundle.path / "engines" / f"text_encoder-{outcome.record.key.digest}.json"
+    assert msgspec.json.decode(path.read_bytes())["key"]["targets"] == ["sm89"]
