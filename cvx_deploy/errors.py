@@ -11,6 +11,7 @@
     ├── PromptError            a prompt, or a combination of prompts and inputs, that makes no sense
     ├── OutputError            a place that cannot be written, or that another process is writing
     └── EngineError            an engine that is not installed, or cannot run this bundle
+        └── OutOfMemoryError   the device has less memory than the engines need
 
 The command line prints one as ``error: <what>. fix: <how>.`` and exits with 1.
 """
@@ -63,3 +64,7 @@ class OutputError(CvxError):
 
 class EngineError(CvxError):
     """An engine that is not installed, or cannot run this bundle."""
+
+
+class OutOfMemoryError(EngineError):
+    """The device has less memory than the engines need, or than they were allowed."""

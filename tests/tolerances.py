@@ -10,3 +10,9 @@ PIXELS_ABSOLUTE = 1e-3
 
 PIXELS_PSNR = 70.0
 """Least PSNR in dB of a whole fp32 video: 8-bit rounding alone is 59 dB."""
+
+TF32_RELATIVE = 2e-2
+"""Largest error of one fp32 network on a GPU over its largest value: tensor cores round the factors to 10 bits."""
+
+TF32_PSNR = 35.0
+"""Least PSNR in dB of a whole fp32 video made on a GPU, for the same reason, over some steps."""

@@ -35,5 +35,8 @@ class Backend(Protocol):
             EngineError: This engine cannot run it.
         """
 
+    def to_device(self, array: NDArray[Any]) -> DeviceTensor:
+        """Return a tensor of values that do not change, brought to the device once for as many runs as take it."""
+
     def to_host(self, tensor: DeviceTensor) -> NDArray[Any]:
         """Copy a tensor to the host."""

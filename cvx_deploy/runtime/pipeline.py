@@ -5,7 +5,8 @@ Each stage loads its networks, works for every video, and lets go of them before
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator as Steps
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.runtime import vae
 from cvx_deploy.runtime.backend import Backend
 from cvx_deploy.runtime.contact_sheet import ContactSheet
+from cvx_deploy.runtime.devices import share_out
 from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
 from cvx_deploy.runtime.noise import Generator
@@ -115,8 +117,16 @@ class RunReport:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
 
-def run(backend: Backend, request: RunRequest, progress: Progress | None = None) -> RunReport:
+def run(
+    backend: Backend, request: RunRequest, progress: Progress | None = None, others: Sequence[Backend] = ()
+) -> RunReport:
     """Make the videos that `request` asks for.
+
+    Args:
+        backend: Where everything runs.
+        request: What to make.
+        progress: Told what goes on.
+        others: More devices, which denoise their share of the videos; the result is that of one.
 
     Raises:
         CvxError: Of every kind, each before any hours of work where it can be known then.
@@ -129,14 +139,16 @@ def run(backend: Backend, request: RunRequest, progress: Progress | None = None)
     if request.from_latents is not None:
         latents = _read_latents(request.from_latents, backend.bundle)
     else:
-        latents = make_latents(backend, request, progress, report)
+        latents = make_latents(backend, request, progress, report, others)
     if request.save_latents is not None:
         _write_latents(request.save_latents, latents)
     _decode(backend, request, latents, progress, report)
     return report
 
 
-def make_latents(backend: Backend, request: RunRequest, progress: Progress, report: RunReport) -> Latents:
+def make_latents(
+    backend: Backend, request: RunRequest, progress: Progress, report: RunReport, others: Sequence[Backend] = ()
+) -> Latents:
     """Return the finished latents of every video, unpadded: (videos, F, C, H, W)."""
     manifest = backend.bundle.manifest
     _check_task(backend, request)
@@ -149,27 +161,31 @@ def make_latents(backend: Backend, request: RunRequest, progress: Progress, repo
     with report.stage("vae encode"):
         encoded = _encoded(backend, request, source, generators, progress)
     with report.stage("transformer"):
-        finished = []
+        finished: dict[int, Latents] = {}
         guided = request.guidance_scale > 1
         steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
-        with (
-            progress.task("denoise", steps) as advance,
-            backend.load("transformer", {"batch": 2 if guided else 1}) as session,
-        ):
-            for index, generator in enumerate(generators):
-                latents, image_latents = _start(backend.bundle, schedulers[index], generator, encoded[index], request)
-                conditions = Conditions(
-                    prompt_embeds[index // request.num_videos],
-                    request.guidance_scale,
-                    request.dynamic_cfg,
-                    image_latents,
-                    manifest.traits.ofs,
-                )
-                for step in denoise(backend, session, schedulers[index], latents, conditions, generator):
-                    latents = step.latents
-                    advance(1)
-                finished.append(latents[:, padding(backend.bundle) :])
-    return np.concatenate(finished)
+
+        def work(device: Backend, videos: Sequence[int]) -> Steps[None, None, None]:
+            with device.load("transformer", {"batch": 2 if guided else 1}) as session:
+                for index in videos:
+                    scheduler, generator = schedulers[index], generators[index]
+                    latents, image_latents = _start(backend.bundle, scheduler, generator, encoded[index], request)
+                    conditions = Conditions(
+                        prompt_embeds[index // request.num_videos],
+                        request.guidance_scale,
+                        request.dynamic_cfg,
+                        image_latents,
+                        manifest.traits.ofs,
+                    )
+                    for step in denoise(device, session, scheduler, latents, conditions, generator):
+                        latents = step.latents
+                        advance(1)
+                        yield
+                    finished[index] = latents[:, padding(backend.bundle) :]
+
+        with progress.task("denoise", steps) as advance:
+            share_out((backend, *others), len(generators), work)
+    return np.concatenate([finished[index] for index in range(len(generators))])
 
 
 def _video_count(request: RunRequest) -> int:

@@ -55,7 +55,7 @@ def denoise(
     """Yield every step from `latents` to the finished ones.
 
     Args:
-        backend: Brings predictions to the host.
+        backend: Brings the prompt embeddings to the device and predictions to the host.
         session: The loaded transformer, at the batch size of the prompt embeddings.
         scheduler: Fresh for this video.
         latents: Noise, or a noised video where the scheduler starts in the middle.
@@ -65,11 +65,13 @@ def denoise(
     Raises:
         EngineError: The latents stopped being numbers, which half precision can do.
     """
+    prompt_embeds = backend.to_device(conditions.prompt_embeds)  # the same at every step
     timesteps = scheduler.timesteps
     steps = len(timesteps) - scheduler.start
     for index in range(scheduler.start, len(timesteps)):
         timestep = int(timesteps[index])
-        prediction = backend.to_host(session.run(_inputs(latents, timestep, conditions))["noise_pred"])
+        inputs = {**_inputs(latents, timestep, conditions), "encoder_hidden_states": prompt_embeds}
+        prediction = backend.to_host(session.run(inputs)["noise_pred"])
         if len(prediction) == 2:
             scale = conditions.guidance_scale
             if conditions.dynamic:
@@ -91,7 +93,6 @@ def _inputs(latents: Latents, timestep: int, conditions: Conditions) -> dict[str
         hidden = np.concatenate([latents, conditions.image_latents], axis=2)
     inputs: dict[str, NDArray[np.generic]] = {
         "hidden_states": np.repeat(hidden, len(conditions.prompt_embeds), axis=0),
-        "encoder_hidden_states": conditions.prompt_embeds,
         "timestep": np.array([timestep], np.int64),
     }
     return inputs | {"ofs": np.array([_OFS], np.float32)} if conditions.ofs else inputs

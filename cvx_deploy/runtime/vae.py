@@ -119,15 +119,20 @@ class _Sessions:
         self._stack.close()
 
     def run(self, clip: Clip, advance: Advance) -> Iterator[Clip]:
-        """Yield the output of every chunk of a clip."""
+        """Yield the output of every chunk of a clip; a device works on the next one before it is asked for this one."""
         state: dict[str, DeviceTensor] = {}
+        finished: DeviceTensor | None = None
         for name, chunk in self._cut(clip):
             network = self._backend.bundle.network(name)
             inputs = {network.inputs[0].name: chunk, **state}
             outputs = self._load(name).run(inputs)
             state = {taken: outputs[given] for taken, given in network.state.items()}
-            yield self._backend.to_host(outputs[network.outputs[0].name])
-            advance(1)
+            if finished is not None:
+                yield self._backend.to_host(finished)
+                advance(1)
+            finished = outputs[network.outputs[0].name]
+        yield self._backend.to_host(finished)
+        advance(1)
 
     def _cut(self, clip: Clip) -> Iterator[tuple[str, Clip]]:
         end = _frames(self._backend, self._half.first)
