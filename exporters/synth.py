@@ -1,4 +1,4 @@
-"""Write a checkpoint of a published model with seeded random weights, tiny or full, without holding it in memory.
+"""Write a checkpoint of a published model with seeded random weights, of any scale, without holding it in memory.
 
 It has the files, names, types and shapes of the original, so whatever reads a real checkpoint can be tried on it. Names
 and shapes come from the diffusers and transformers classes themselves, built on the meta device. Values are drawn block
@@ -124,7 +124,8 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
 
     Args:
         like: A name in `cvx_deploy.models.MODELS`.
-        scale: ``full`` for the original sizes, ``tiny`` for a few megabytes of the same topology.
+        scale: ``full`` for the original sizes; ``wide`` for their width in two blocks, so that what happens at the real
+            width can be tried on a small machine; ``tiny`` for a few megabytes of the same topology.
         output: A folder that does not exist yet, or is empty.
         seed: Together with component and tensor name it decides every value; order and sharding do not matter.
         progress: Shows the weight bytes written.

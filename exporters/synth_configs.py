@@ -1,7 +1,8 @@
-"""The configs and tokenizer files of synthetic checkpoints: the published ones, and a tiny topology of odd sizes.
+"""The configs and tokenizer files of synthetic checkpoints: the published ones, shallow ones, and a tiny topology.
 
-Key for key these are the files of the zai-org repositories. Tiny ones change sizes only: every block type, norm and
-embedding is still there, and sizes are odd and unlike each other, so that nothing works by luck.
+Key for key these are the files of the zai-org repositories. Wide ones change the depth only. Tiny ones change sizes
+only: every block type, norm and embedding is still there, and sizes are odd and unlike each other, so that nothing
+works by luck.
 """
 
 import io
@@ -12,7 +13,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 
 from cvx_deploy.models import Model
 
-Scale = Literal["tiny", "full"]
+Scale = Literal["tiny", "wide", "full"]
 Config = dict[str, Any]
 
 _DIFFUSERS_VERSION: Final = {
@@ -27,7 +28,10 @@ _SCHEDULERS: Final = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMSche
 
 EXTRA_IDS: Final = 100
 MAX_TEXT_TOKENS: Final = 226
-PIECES: Final[dict[Scale, int]] = {"tiny": 450, "full": 32_000}
+PIECES: Final[dict[Scale, int]] = {"tiny": 450, "wide": 32_000, "full": 32_000}
+
+# Blocks of wide transformers, and layers of wide text encoders: the fewest of which one follows another.
+_SHALLOW: Final = 2
 
 # (video frames, latent height, latent width). Token grids are odd. 9 frames are one VAE chunk; 17 are 5 latent frames:
 # a first chunk and a steady one, and padding where a token spans two. As in the originals, 1.5 image-to-video has a
@@ -106,7 +110,9 @@ def transformer_config(model: Model, scale: Scale) -> Config:
         "timestep_activation_fn": "silu",
         "use_rotary_positional_embeddings": model.traits.positions != "sincos",
     }
-    if scale == "tiny":
+    if scale == "wide":
+        config["num_layers"] = _SHALLOW
+    elif scale == "tiny":
         config |= _tiny_transformer(model)
     return config | _late_keys(model, config["time_embed_dim"])
 
@@ -140,7 +146,10 @@ def _late_keys(model: Model, time_embed_dim: int) -> Config:
 
 
 def vae_config(model: Model, scale: Scale) -> Config:
-    """Return ``vae/config.json``. `sample_height` and `sample_width` are pixels and only say how large tiles are."""
+    """Return ``vae/config.json``, of which nothing can be left out: its depth is its widths.
+
+    `sample_height` and `sample_width` are pixels and only say how large tiles are.
+    """
     config: Config = {
         "_class_name": "AutoencoderKLCogVideoX",
         "_diffusers_version": _DIFFUSERS_VERSION[model.name],
@@ -206,7 +215,9 @@ def text_encoder_config(model: Model, scale: Scale) -> Config:
         "use_cache": True,
         "vocab_size": -(-tokens // 128) * 128,
     }
-    if scale == "tiny":
+    if scale == "wide":
+        config |= {"num_decoder_layers": _SHALLOW, "num_layers": _SHALLOW}
+    elif scale == "tiny":
         config |= {"d_ff": 88, "d_kv": 8, "d_model": 40, "num_decoder_layers": 2, "num_heads": 3, "num_layers": 2}
     return config
 
@@ -286,7 +297,7 @@ back outside inside home world life time way texture color colors gradient
 def spiece_model(scale: Scale) -> bytes:
     """Train the sentencepiece unigram model of ``tokenizer/spiece.model`` on the words of plain English prompts.
 
-    T5's conventions hold: pad 0, end 1, unknown 2, no beginning token. At full scale it is filled up to T5's 32,000
+    T5's conventions hold: pad 0, end 1, unknown 2, no beginning token. Unless tiny, it is filled up to T5's 32,000
     pieces with unused ones from a private Unicode plane, so that the sentinels get the identifiers they have there.
     """
     model = io.BytesIO()

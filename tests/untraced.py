@@ -11,9 +11,15 @@ from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.trace import weight_location
 
 
-def without_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let exports write a line of text in place of every network; all else is real."""
-    monkeypatch.setattr(export, "_write_network", _write_text)
+def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:
+    """Let exports write a line of text in place of every network, or of those of some components; all else is real."""
+    trace = export._write_network
+
+    def write(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:
+        untraced = not components or contract.component in components
+        return (_write_text if untraced else trace)(contract, checkpoint, path)
+
+    monkeypatch.setattr(export, "_write_network", write)
 
 
 def _write_text(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,7 +197,7 @@ def test_token_grids_are_odd_and_not_square(checkpoints: dict[str, Path], name: 
     assert latent_frames % (config.get("patch_size_t") or 2) == 1
 
 
-@pytest.mark.parametrize("scale", ["tiny", "full"])
+@pytest.mark.parametrize("scale", ["tiny", "wide", "full"])
 @pytest.mark.parametrize("name", NAMES)
 def test_traits_and_constants_are_the_models_own(name: str, scale: Scale) -> None:
     model = MODELS[name]
@@ -228,16 +229,37 @@ def test_written_scheduler_and_pipeline_are_the_models_own(checkpoints: dict[str
     ],
 )
 def test_full_networks_have_the_published_sizes(name: str, transformer: int) -> None:
-    model = MODELS[name]
     counts = {
-        component: sum(p.numel() for p in synth.network_on_meta(component, config).parameters())
-        for component, config in (
-            ("transformer", transformer_config(model, "full")),
-            ("text_encoder", text_encoder_config(model, "full")),
-            ("vae", vae_config(model, "full")),
-        )
+        component: sum(p.numel() for p in network.parameters()) for component, network in networks(name, "full").items()
     }
     assert counts == {"transformer": transformer, "text_encoder": 4_762_310_656, "vae": 215_583_907}
+
+
+def networks(name: str, scale: Scale) -> dict[str, torch.nn.Module]:
+    model = MODELS[name]
+    configs = {
+        "transformer": transformer_config(model, scale),
+        "text_encoder": text_encoder_config(model, scale),
+        "vae": vae_config(model, scale),
+    }
+    return {component: synth.network_on_meta(component, config) for component, config in configs.items()}
+
+
+def tensor_shapes(name: str, scale: Scale) -> dict[str, torch.Size]:
+    return {
+        f"{component}/{tensor}": value.shape
+        for component, network in networks(name, scale).items()
+        for tensor, value in network.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wide_networks_are_the_full_ones_without_the_layers_after_the_second(name: str) -> None:
+    later = re.compile(r"(transformer_blocks|encoder\.block)\.(?![01]\.)")
+    full = tensor_shapes(name, "full")
+    kept = {tensor: shape for tensor, shape in full.items() if not later.search(tensor)}
+    assert tensor_shapes(name, "wide") == kept
+    assert len(kept) < len(full)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -365,13 +387,14 @@ def test_the_tokenizer_is_a_t5_tokenizer_that_knows_plain_english(checkpoints: d
     assert len(ids) < len(PROMPT)
 
 
-def test_the_full_tokenizer_has_t5s_identifiers(tmp_path: Path) -> None:
-    (tmp_path / "spiece.model").write_bytes(spiece_model("full"))
-    for file, content in tokenizer_files("full").items():
+@pytest.mark.parametrize("scale", ["wide", "full"])
+def test_the_full_tokenizer_has_t5s_identifiers(tmp_path: Path, scale: Scale) -> None:
+    (tmp_path / "spiece.model").write_bytes(spiece_model(scale))
+    for file, content in tokenizer_files(scale).items():
         (tmp_path / file).write_text(json.dumps(content))
     tokenizer = T5Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.convert_tokens_to_ids(["<extra_id_99>", "<extra_id_0>"]) == [32000, 32099]
-    assert text_encoder_config(MODELS["2b"], "full")["vocab_size"] == 32128
+    assert text_encoder_config(MODELS["2b"], scale)["vocab_size"] == 32128
     pieces = sentencepiece.SentencePieceProcessor(model_proto=spiece_model("tiny"))
     assert tokenizer(PROMPT).input_ids == [*pieces.encode(PROMPT), 1]
 
@@ -420,13 +443,14 @@ def test_an_existing_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None
     assert file_bytes(tmp_path) == {"2b/mine": b"kept"}
 
 
+@pytest.mark.parametrize(("scale", "needed"), [("wide", r"1,71\d,\d+,\d+"), ("full", r"13,3\d\d,\d+,\d+")])
 def test_too_small_a_disk_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: Scale, needed: str
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 10**12 - 10**10, 10**10))
-    with pytest.raises(OutputError, match=r"13,3\d\d,\d+,\d+ bytes are to be written .* 10,000,000,000 are free"):
-        synth.synthesize("2b", "full", tmp_path / "2b")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 10**12 - 10**9, 10**9))
+    with pytest.raises(OutputError, match=rf"{needed} bytes are to be written .* 1,000,000,000 are free"):
+        synth.synthesize("2b", scale, tmp_path / "2b")
     assert list(tmp_path.iterdir()) == []
 
 

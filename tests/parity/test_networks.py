@@ -15,6 +15,7 @@ from transformers import T5EncoderModel
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
 from cvx_deploy.exporters.transformer import Grid
+from cvx_deploy.models import Shape
 from cvx_deploy.runtime import vae
 from cvx_deploy.runtime.noise import Generator
 from cvx_deploy.runtime.ort import OrtBackend
@@ -48,7 +49,7 @@ def text_encoder_error(bundle: Bundle, checkpoint: Path, batch: int) -> float:
         return relative_error(found, eager(torch.from_numpy(ids))[0])
 
 
-def transformer_error(bundle: Bundle, checkpoint: Path, batch: int) -> float:
+def transformer_inputs(bundle: Bundle, batch: int) -> Arrays:
     rng = np.random.default_rng(1)
     specs = {spec.name: spec for spec in bundle.network("transformer").inputs}
     inputs: Arrays = {
@@ -58,20 +59,33 @@ def transformer_error(bundle: Bundle, checkpoint: Path, batch: int) -> float:
     inputs["timestep"] = np.array([937], np.int64)
     if "ofs" in specs:
         inputs["ofs"] = np.array([2.0], np.float32)
-    found = run(bundle, "transformer", inputs, batch=batch)["noise_pred"]
-    eager = CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
-    pipeline = CogVideoXPipeline.from_pretrained(
-        checkpoint, transformer=eager, text_encoder=None, tokenizer=None, torch_dtype=torch.float32
-    )
-    shape = bundle.shape
+    return inputs
+
+
+def eager_transformer(checkpoint: Path) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
+
+
+def eager_noise(eager: CogVideoXTransformer3DModel, checkpoint: Path, shape: Shape, inputs: Arrays) -> torch.Tensor:
+    """Run diffusers' transformer, with the rotary table its pipeline makes for the shape."""
     rotary = None
     if eager.config.use_rotary_positional_embeddings:
+        pipeline = CogVideoXPipeline.from_pretrained(
+            checkpoint, transformer=eager, vae=None, text_encoder=None, tokenizer=None
+        )
         frames = inputs["hidden_states"].shape[1]
         rotary = pipeline._prepare_rotary_positional_embeddings(shape.height, shape.width, frames, torch.device("cpu"))
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    tensors["timestep"] = tensors["timestep"].expand(batch)
+    tensors["timestep"] = tensors["timestep"].expand(len(inputs["hidden_states"]))
     with torch.no_grad():
-        return relative_error(found, eager(**tensors, image_rotary_emb=rotary, return_dict=False)[0])
+        noise: torch.Tensor = eager(**tensors, image_rotary_emb=rotary, return_dict=False)[0]
+    return noise
+
+
+def transformer_error(bundle: Bundle, checkpoint: Path, batch: int) -> float:
+    inputs = transformer_inputs(bundle, batch)
+    found = run(bundle, "transformer", inputs, batch=batch)["noise_pred"]
+    return relative_error(found, eager_noise(eager_transformer(checkpoint), checkpoint, bundle.shape, inputs))
 
 
 def eager_vae(checkpoint: Path) -> AutoencoderKLCogVideoX:
