@@ -18,7 +18,7 @@ Alpha stands in the file's header (``lora_adapter_metadata``), in an ``adapter_c
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -111,26 +111,35 @@ def read_adapters(
 def merge_adapters(
     adapters: Sequence[Adapter], checkpoint: Checkpoint, precision: Precision, folder: Path, progress: Progress
 ) -> Checkpoint:
+    """Return the checkpoint with the weights that adapters change taken from a file in `folder`; see `write_merged`."""
+    tensors = checkpoint.tensors("transformer")
+    return checkpoint.with_merged(write_merged(adapters, tensors, checkpoint.place, precision, folder, progress))
+
+
+def write_merged(
+    adapters: Sequence[Adapter],
+    tensors: dict[str, StoredTensor],
+    place: Callable[[str], Path],
+    precision: Precision,
+    folder: Path,
+    progress: Progress,
+) -> Merged:
     """Write every weight that the adapters change, merged, to `MERGED` in `folder`.
 
     Args:
         adapters: In the order in which they are added.
-        checkpoint: Whose transformer they change.
+        tensors: Every tensor of the transformer that they change.
+        place: Returns where a file that `tensors` names lies.
         precision: The type the pipeline would be loaded in; merged weights are of that type.
         folder: Where the file goes.
         progress: Shows the bytes written.
-
-    Returns:
-        The checkpoint with those weights in place of its own.
     """
     dtype = TORCH_DTYPES[precision]
-    tensors = checkpoint.tensors("transformer")
-    changed = sorted(set().union(*(adapter.changes for adapter in adapters)))
-    planned = [PlannedTensor(name, dtype, tensors[name].shape) for name in changed]
+    planned = [PlannedTensor(name, dtype, tensors[name].shape) for name in changed_by(adapters)]
 
     def merged(tensor: PlannedTensor) -> torch.Tensor:
         stored = tensors[tensor.name]
-        weight = load_tensor(checkpoint.place(stored.file), stored).to(dtype)
+        weight = load_tensor(place(stored.file), stored).to(dtype)
         layer, _, kind = tensor.name.rpartition(".")
         for adapter in adapters:
             if layer in adapter.layers:
@@ -142,7 +151,12 @@ def merge_adapters(
         digest = write_safetensors(path, planned, merged, advance)
     stat = path.stat()
     entry = WeightFile(MERGED, stat.st_size, digest, stat.st_mtime_ns, in_bundle=True)
-    return checkpoint.with_merged(Merged(path, entry, stored_tensors(MERGED, planned)))
+    return Merged(path, entry, stored_tensors(MERGED, planned))
+
+
+def changed_by(adapters: Iterable[Adapter]) -> list[str]:
+    """Return the transformer's tensors that some of the adapters change, in the order they are written."""
+    return sorted(set().union(*(adapter.changes for adapter in adapters)))
 
 
 def _add(weight: torch.Tensor, adapter: Adapter, layer: _Layer, kind: str) -> None:

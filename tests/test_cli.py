@@ -23,7 +23,20 @@ from tests.conftest import Exported, Tiny
 from tests.test_bundle import make_bundle
 from tests.untraced import without_tracing
 
-COMMANDS = ["synth", "export", "convert", "run", "inspect", "verify", "pack", "unpack", "completion"]
+COMMANDS = [
+    "synth",
+    "export",
+    "convert",
+    "build",
+    "refit",
+    "run",
+    "inspect",
+    "doctor",
+    "verify",
+    "pack",
+    "unpack",
+    "completion",
+]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}
 
 

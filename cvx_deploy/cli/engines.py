@@ -8,12 +8,23 @@ import click
 
 from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, need_extra, reporting, which_bundle
+from cvx_deploy.cli.options import (
+    MOVED_CHECKPOINT,
+    Result,
+    bytes_of,
+    need_export_extra,
+    need_extra,
+    plain_name,
+    reporting,
+    scaled_file,
+    which_bundle,
+)
 from cvx_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from cvx_deploy.build.build import Outcome
     from cvx_deploy.build.gate import Findings
+    from cvx_deploy.build.refit import Refitted
     from cvx_deploy.bundle import Bundle
 
 
@@ -73,6 +84,7 @@ def _batch(text: str) -> tuple[int, int]:
 @click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory when the GPU's is small.")
 @click.option("--refit", is_flag=True, help="Let weights be exchanged later, for cvx-deploy refit.")
 @click.option("--strip-weights", is_flag=True, help="Write engines without the weights that a refit brings back.")
+@click.option("--vae-tiling", is_flag=True, help="Build the VAE for the tiles of cvx-deploy run --vae-tiling.")
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("--strict", is_flag=True, help="Fail when a network was not compiled as expected.")
 @MOVED_CHECKPOINT
@@ -83,6 +95,7 @@ def build(
     targets: tuple[str, ...],
     networks: tuple[str, ...],
     batch: tuple[int, int],
+    vae_tiling: bool,
     force: bool,
     strict: bool,
     checkpoint: Path | None,
@@ -112,7 +125,7 @@ def build(
     if engine == "onnxruntime":
         return _loaded(bundle, progress)
     library = choose_library(engine, ahead_of_time=bool(targets))
-    request = BuildRequest(targets, platform_here(), networks, batch, BuildSettings(**settings), force)
+    request = BuildRequest(targets, platform_here(), networks, batch, BuildSettings(**settings), vae_tiling, force)
     outcomes, verdicts = [], []
     for outcome in build_engines(library, bundle, request, progress):
         outcomes.append(outcome)
@@ -185,3 +198,99 @@ def _line(outcome: "Outcome", bundle: "Bundle") -> str:
     record = outcome.record
     how = "there already" if outcome.reused else f"built in {record.seconds:.0f} s, {record.peak_bytes / 2**30:.1f} GiB"
     return f"{bundle.path / record.file.path}: {record.file.size:,} bytes, {how}"
+
+
+@cli.command()
+@which_bundle
+@click.option(
+    "--lora",
+    "loras",
+    type=scaled_file,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="An adapter to merge into the transformer; again for more. SCALE is 1 unless given.",
+)
+@click.option("--restore", is_flag=True, help="Take the adapters out of the bundle again, in its place.")
+@click.option("--name", metavar="NAME", callback=plain_name, help="Of the new bundle, beside the one it is made from.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's folder, anywhere.")
+@click.option("--engine", type=click.Choice(ENGINE_KINDS), help="Default: the kind that the transformer has.")
+@MOVED_CHECKPOINT
+@reporting
+def refit(
+    path: Path,
+    loras: tuple[tuple[Path, float], ...],
+    restore: bool,
+    name: str | None,
+    output: Path | None,
+    engine: EngineKind | None,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> Result:
+    """Make a bundle with adapters from one that is built, exchanging weights in its engine instead of building one.
+
+    The engine must have been built with --refit, and runs on the GPU that is here. The bundle it is made from stays as
+    it is; with --restore, a bundle with adapters gets the weights back that they were added to.
+
+    \b
+    Examples:
+      cvx-deploy refit --model 5b --lora style.safetensors:0.8 --name 5b-style
+      cvx-deploy refit --model 5b-style --restore
+    """
+    place = _refit_output(path, restore=restore, adapted=bool(loras), name=name, output=output)
+    need_export_extra()
+    import functools
+    from dataclasses import asdict
+
+    from cvx_deploy.build import refit as refitting
+    from cvx_deploy.build.libraries import load_library
+    from cvx_deploy.build.platforms import platform_here
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.exporters.rewire import write_with_loras, write_without_loras
+
+    bundle = Bundle.open(path)
+    if checkpoint is not None:
+        bundle = bundle.with_checkpoint(checkpoint)
+    if restore:
+        rewrite = functools.partial(write_without_loras, bundle, progress=progress)
+    else:
+        refitting.check_output(bundle, place)
+        rewrite = functools.partial(write_with_loras, bundle, loras, place, progress=progress)
+    library = load_library(engine or refitting.engine_kind(bundle))
+    refitted = refitting.refit(library, bundle, rewrite, place, platform_here(), progress)
+    values: dict[str, Any] = {
+        "bundle": str(place),
+        "engine": library.kind,
+        "library": library.version,
+        "loras": [asdict(lora) for lora in Bundle.read(place).manifest.loras],
+        "engines": [_refitted_values(outcome) for outcome in refitted],
+    }
+    return values, "\n".join(_refitted_line(place, outcome) for outcome in refitted)
+
+
+def _refit_output(path: Path, *, restore: bool, adapted: bool, name: str | None, output: Path | None) -> Path:
+    """Return where the bundle goes that `refit` writes."""
+    if restore == adapted:
+        raise click.UsageError("name adapters with --lora, or take those that are there out with --restore")
+    if restore and (name or output):
+        raise click.UsageError("--restore changes the bundle in its place: leave out --name and --output")
+    if adapted and (name is None) == (output is None):
+        raise click.UsageError("name the new bundle with --name NAME or --output DIR")
+    return path if restore else output or path.absolute().parent / str(name)
+
+
+def _refitted_values(outcome: "Refitted") -> dict[str, Any]:
+    record = outcome.record
+    return {
+        "network": record.network,
+        "file": record.file.path,
+        "bytes": record.file.size,
+        "sha256": record.file.sha256,
+        "targets": list(record.key.targets),
+        "changed_weights": outcome.changed,
+        "seconds": record.seconds,
+    }
+
+
+def _refitted_line(place: Path, outcome: "Refitted") -> str:
+    record = outcome.record
+    return f"{place / record.file.path}: {outcome.changed} weights exchanged in {record.seconds:.0f} s"

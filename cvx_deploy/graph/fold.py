@@ -20,7 +20,8 @@ def fold_indices(model: ir.Model) -> None:
         return False if weights & {value.name for value in node.inputs if value is not None} else None
 
     fold_constants(model, input_size_limit=_LARGEST, output_size_limit=_LARGEST, should_fold=should_fold)
-    for name in model.graph.initializers.keys() - weights:
+    # In their own order: that of a set differs from run to run, and the graph's hash with it.
+    for name in [name for name in model.graph.initializers if name not in weights]:
         _as_node(model.graph, model.graph.initializers[name])
 
 
