@@ -55,7 +55,8 @@ def parse(line: str) -> None:
     """Parse the words after ``cvx-deploy`` up to a comment or redirection, and run nothing."""
     words = shlex.split(re.split(r" (?:>|>>|\||&&) ", line)[0], comments=True)
     command, rest = named_command(words)
-    command.make_context(command.name, rest)
+    # With its parent: a command keeps the help option it is first asked for, and -h is the group's setting.
+    command.make_context(command.name, rest, parent=click.Context(cli, info_name="cvx-deploy", **cli.context_settings))
 
 
 @pytest.mark.parametrize("line", sorted(set(printed_commands())))

@@ -13,15 +13,17 @@ from cvx_deploy.build.engine import (
     BuildSettings,
     BuiltFile,
     UnfusedError,
+    compiled_plans,
     make_config,
     make_logger,
     monitored,
+    timing_cache,
+    timing_cache_path,
     write_engine,
 )
 from cvx_deploy.build.libraries import Library
 from cvx_deploy.build.memory import PeakMemory, require_memory, weight_bytes_of
 from cvx_deploy.build.network import Attention, attention_layers, parsed_network
-from cvx_deploy.build.plan import plans_from_messages
 from cvx_deploy.build.store import (
     EngineKey,
     EngineRecord,
@@ -35,7 +37,9 @@ from cvx_deploy.bundle import Bundle, StoredFile
 from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.files import require_space, sha256_of, staged_file
 from cvx_deploy.miniatures import is_packaged
+from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
+from cvx_deploy.runtime.vae import DECODER, encoder, tile_planes
 
 _DENOISER = "transformer"
 
@@ -49,6 +53,7 @@ class BuildRequest:
         platform: The GPU that is here, if one is.
         networks: Which of the bundle's; none for all.
         batch: Smallest and largest batch of the transformer: guidance needs 2, none needs 1.
+        vae_tiling: Whether the VAE is built for the tiles of tiled runs, rather than for whole frames.
         force: Whether engines that are there already are built again.
     """
 
@@ -57,6 +62,7 @@ class BuildRequest:
     networks: tuple[str, ...] = ()
     batch: tuple[int, int] = (1, 2)
     settings: BuildSettings = field(default_factory=BuildSettings)
+    vae_tiling: bool = False
     force: bool = False
 
 
@@ -103,12 +109,12 @@ def build(library: Library, bundle: Bundle, request: BuildRequest, progress: Pro
     found = [None if request.force else store.reuse(key, job.network) for key, job in zip(keys, todo, strict=True)]
     missing = {job.network for job, record in zip(todo, found, strict=True) if record is None}
     require_memory(((name, weight_bytes_of(bundle, name)) for name in sorted(missing)), library.kind, bundle)
+    compiler = _Compiler(library, bundle, request, progress)
     for job, key, record in zip(todo, keys, found, strict=True):
         if record is not None:
             yield Outcome(record, job.role, reused=True)
         else:
-            built = _built(library, store, bundle, job, key, request, progress)
-            yield Outcome(built, job.role, reused=False)
+            yield Outcome(compiler.build(store, job, key), job.role, reused=False)
 
 
 def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
@@ -124,20 +130,31 @@ def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
     found: list[Job] = []
     for entry in bundle.manifest.shapes:
         for role, name in entry.networks.items():
-            spatial = bundle.manifest.vae.spatial
-            height, width = entry.shape.height // spatial, entry.shape.width // spatial
-            # The text encoder takes one prompt at a time.
-            least, most = request.batch if role == _DENOISER else (1, 1)
-            sizes: Profile = {
-                "batch": (least, most, most),
-                "latent_height": (height, height, height),
-                "latent_width": (width, width, width),
-            }
-            symbols = _symbols(bundle, name)
-            job = Job(name, role, {symbol: extent for symbol, extent in sizes.items() if symbol in symbols})
-            if job not in found and (not request.networks or name in request.networks):
-                found.append(job)
+            if request.networks and name not in request.networks:
+                continue
+            for profile in _profiles(bundle, role, entry.shape, request):
+                symbols = _symbols(bundle, name)
+                job = Job(name, role, {symbol: extent for symbol, extent in profile.items() if symbol in symbols})
+                if job not in found:
+                    found.append(job)
     return found
+
+
+def _profiles(bundle: Bundle, role: str, shape: Shape, request: BuildRequest) -> Iterator[Profile]:
+    """Yield the sizes that a role's network must take at a shape: one set each engine."""
+    vae = bundle.manifest.vae
+    planes = [(shape.height // vae.spatial, shape.width // vae.spatial)]
+    if request.vae_tiling and role.startswith("vae"):
+        half = DECODER if role.startswith("vae_decoder") else encoder(vae)
+        planes = tile_planes(vae, half, shape.height, shape.width)
+    # The text encoder takes one prompt at a time.
+    least, most = request.batch if role == _DENOISER else (1, 1)
+    for height, width in planes:
+        yield {
+            "batch": (least, most, most),
+            "latent_height": (height, height, height),
+            "latent_width": (width, width, width),
+        }
 
 
 def _symbols(bundle: Bundle, name: str) -> set[str]:
@@ -199,86 +216,68 @@ def _number(capability: str) -> int:
     return int(capability.removeprefix("sm"))
 
 
-def _built(
-    library: Library,
-    store: EngineStore,
-    bundle: Bundle,
-    job: Job,
-    key: EngineKey,
-    request: BuildRequest,
-    progress: Progress,
-) -> EngineRecord:
-    """Build one engine and write it, its plan and its record: the record last, which makes it known."""
-    path = store.folder / f"{job.network}-{key.digest}.engine"
-    require_space(bundle.path, weight_bytes_of(bundle, job.network))
-    start = time.perf_counter()
-    with PeakMemory() as memory, staged_file(path) as staging:
-        built, attention = _compiled(library, bundle, job, key, request.settings, staging, progress)
-    seconds = time.perf_counter() - start
-    text = plans_to_json(plans_from_messages(built.messages, key.targets))
-    plan = path.with_suffix(".plan.json")
-    with staged_file(plan) as staging:
-        staging.write_bytes(text)
-    inside = f"{store.folder.name}/"
-    record = EngineRecord(
-        key=key,
-        network=job.network,
-        file=StoredFile(inside + path.name, built.size, built.sha256),
-        mtime_ns=path.stat().st_mtime_ns,
-        plan=StoredFile(inside + plan.name, len(text), sha256_of(plan)),
-        attention=attention,
-        seconds=round(seconds, 2),
-        peak_bytes=memory.peak_bytes,
-        private_bytes=memory.private_bytes,
-        built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )
-    store.keep(record)
-    return record
+@dataclass(frozen=True)
+class _Compiler:
+    """What every build of one command has in common."""
 
+    library: Library
+    bundle: Bundle
+    request: BuildRequest
+    progress: Progress
 
-def _compiled(
-    library: Library,
-    bundle: Bundle,
-    job: Job,
-    key: EngineKey,
-    settings: BuildSettings,
-    path: Path,
-    progress: Progress,
-) -> tuple[BuiltFile, Attention]:
-    """Compile a network; attention that no fused kernel takes is taken apart, and that is said.
+    def build(self, store: EngineStore, job: Job, key: EngineKey) -> EngineRecord:
+        """Build one engine and write it, its plan and its record: the record last, which makes it known."""
+        path = store.folder / f"{job.network}-{key.digest}.engine"
+        require_space(self.bundle.path, weight_bytes_of(self.bundle, job.network))
+        start = time.perf_counter()
+        with PeakMemory() as memory, staged_file(path) as staging:
+            built, attention = self._compiled(job, key, staging)
+            text = plans_to_json(compiled_plans(self.library, built.messages, staging, key.targets))
+        plan = path.with_suffix(".plan.json")
+        with staged_file(plan) as staging:
+            staging.write_bytes(text)
+        inside = f"{store.folder.name}/"
+        record = EngineRecord(
+            key=key,
+            network=job.network,
+            file=StoredFile(inside + path.name, built.size, built.sha256),
+            mtime_ns=path.stat().st_mtime_ns,
+            plan=StoredFile(inside + plan.name, len(text), sha256_of(plan)),
+            attention=attention,
+            seconds=round(time.perf_counter() - start, 2),
+            peak_bytes=memory.peak_bytes,
+            private_bytes=memory.private_bytes,
+            built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        store.keep(record)
+        return record
 
-    Fused attention exists in 16 bits and less; in fp32 the operator is declared decomposable from the start.
-    """
-    decomposed = bundle.manifest.precision == "fp32"
-    try:
-        return _compiled_once(library, bundle, job, key, settings, path, progress, decomposed=decomposed)
-    except UnfusedError as error:
-        progress.note(f"{job.network}: {error.what}; it is compiled from its parts instead")
-        path.unlink(missing_ok=True)
-        return _compiled_once(library, bundle, job, key, settings, path, progress, decomposed=True)
+    def _compiled(self, job: Job, key: EngineKey, path: Path) -> tuple[BuiltFile, Attention]:
+        """Compile a network; attention that no fused kernel takes is taken apart, and that is said.
 
+        Fused attention exists in 16 bits and less; in fp32 the operator is declared decomposable from the start.
+        """
+        decomposed = self.bundle.manifest.precision == "fp32"
+        try:
+            return self._compiled_once(job, key, path, decomposed=decomposed)
+        except UnfusedError as error:
+            self.progress.note(f"{job.network}: {error.what}; it is compiled from its parts instead")
+            path.unlink(missing_ok=True)
+            return self._compiled_once(job, key, path, decomposed=True)
 
-def _compiled_once(
-    library: Library,
-    bundle: Bundle,
-    job: Job,
-    key: EngineKey,
-    settings: BuildSettings,
-    path: Path,
-    progress: Progress,
-    *,
-    decomposed: bool,
-) -> tuple[BuiltFile, Attention]:
-    logger = make_logger(library)
-    builder = library.module.Builder(logger)
-    with parsed_network(library, builder, bundle, job.network, job.profile, logger, progress) as network:
-        attention = attention_layers(library.module, network.definition)
-        for layer in attention:
-            layer.decomposable = decomposed
-        described = bundle.manifest.networks[job.network]
-        targets = [_number(target) for target in key.targets] if library.ahead_of_time else []
-        config = make_config(library, builder, described, job.profile, settings, targets)
-        with monitored(library, config, job.network, progress):
-            built = write_engine(library, builder, network, config, logger, path)
-    form: Attention = "none" if not attention else "decomposed" if decomposed else "fused"
-    return built, form
+    def _compiled_once(self, job: Job, key: EngineKey, path: Path, *, decomposed: bool) -> tuple[BuiltFile, Attention]:
+        library, bundle, progress = self.library, self.bundle, self.progress
+        logger = make_logger(library)
+        builder = library.module.Builder(logger)
+        with parsed_network(library, builder, bundle, job.network, job.profile, logger, progress) as network:
+            attention = attention_layers(library.module, network.definition)
+            for layer in attention:
+                layer.decomposable = decomposed
+            described = bundle.manifest.networks[job.network]
+            targets = [_number(target) for target in key.targets] if library.ahead_of_time else []
+            config = make_config(library, builder, described, job.profile, self.request.settings, targets)
+            timings = None if library.ahead_of_time else timing_cache_path(library, key.targets[0])
+            with monitored(library, config, job.network, progress), timing_cache(config, timings):
+                built = write_engine(library, builder, network, config, logger, path)
+        form: Attention = "none" if not attention else "decomposed" if decomposed else "fused"
+        return built, form

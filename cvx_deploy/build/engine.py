@@ -1,6 +1,7 @@
 """One network to one engine file: builder settings, progress, the log the compiled plan is read from."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,9 +11,11 @@ from typing import Any, BinaryIO, Literal
 
 from cvx_deploy.build.libraries import Library
 from cvx_deploy.build.network import ParsedNetwork
+from cvx_deploy.build.plan import CompiledPlan, plans_from_inspector, plans_from_messages
 from cvx_deploy.build.store import Profile
 from cvx_deploy.bundle import Network
 from cvx_deploy.errors import EngineError
+from cvx_deploy.files import staged_file
 from cvx_deploy.progress import Advance, Progress
 
 HardwareCompatibility = Literal["none", "ampere-plus", "same-capability"]
@@ -162,6 +165,46 @@ def _set_profile(builder: Any, config: Any, described: Network, profile: Profile
             ranges.set_shape(spec.name, *(spec.resolve(size) for size in sizes))
     if varies:
         config.add_optimization_profile(ranges)
+
+
+def timing_cache_path(library: Library, gpu: str) -> Path:
+    """Return where the timings of kernels on one kind of GPU are kept, for the builds to come."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"\W+", "-", f"{gpu} {library.kind} {library.version}").strip("-").lower()
+    return home / "cvx-deploy" / "timing" / f"{name}.cache"
+
+
+@contextmanager
+def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
+    """Let a build use what earlier ones timed, and keep what it times; None for a library that times nothing."""
+    if path is None:
+        yield
+        return
+    # What another GPU or version left is refused by the library, and an empty cache begun in its place.
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, False)
+    yield
+    with staged_file(path) as staging:
+        staging.write_bytes(bytes(cache.serialize()))
+
+
+def compiled_plans(
+    library: Library, messages: list[str], path: Path, targets: tuple[str, ...]
+) -> tuple[CompiledPlan, ...]:
+    """Return the compiled plans of an engine, from its build's messages, or from the engine where a GPU can open it.
+
+    Raises:
+        EngineError: Neither tells them.
+    """
+    try:
+        return plans_from_messages(messages, targets)
+    except EngineError:
+        if library.ahead_of_time:
+            raise
+    api = library.module
+    engine = api.Runtime(make_logger(library)).deserialize_cuda_engine(path.read_bytes())
+    information = engine.create_engine_inspector().get_engine_information(api.LayerInformationFormat.JSON)
+    return plans_from_inspector(information, targets)
 
 
 @contextmanager

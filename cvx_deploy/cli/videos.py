@@ -1,14 +1,27 @@
 """The command that makes videos."""
 
+import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, reporting, sizes, which_bundle
+from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, reporting, sizes, which_bundle
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
+from cvx_deploy.runtime.open import ENGINES, EngineName, compiled, on_gpu, open_backend
+
+
+def _devices(text: str) -> tuple[int, ...]:
+    """Return the GPUs that 0, or 0,1, means."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
+        raise click.BadParameter(f"{text!r} is not a GPU's number, or several such as 0,1")
+    numbers = tuple(map(int, text.split(",")))
+    if len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{text!r} names a GPU twice")
+    return numbers
 
 
 @cli.command()
@@ -30,9 +43,17 @@ from cvx_deploy.progress import Progress
 @click.option("--contact-sheet", type=click.Path(path_type=Path), metavar="FILE.png", help="Picture some frames, too.")
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
 @click.option(
-    "--engine", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True, help="What runs it."
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs it: the CPU, or a GPU. What the tensorrt kinds run, cvx-deploy build compiles.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one a core.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of onnxruntime. Default: one a core.")
+@click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs, which share the videos out. Default: 0.")
+@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory a tensorrt kind may use, such as 12GB.")
+@click.option("--no-cuda-graphs", is_flag=True, help="Let a tensorrt kind start its kernels one by one.")
+@click.option("--check-finite", is_flag=True, help="Stop at the first NaN or infinity of any network: slow.")
 @MOVED_CHECKPOINT
 @click.option(
     "--output",
@@ -44,8 +65,12 @@ from cvx_deploy.progress import Progress
 @reporting
 def run(
     path: Path,
-    engine: str,
+    engine: EngineName,
     threads: int | None,
+    devices: tuple[int, ...] | None,
+    vram: int | None,
+    no_cuda_graphs: bool,
+    check_finite: bool,
     checkpoint: Path | None,
     shape: Shape | None,
     frames: int | None,
@@ -65,20 +90,38 @@ def run(
       cvx-deploy run --prompt "a red circle moves to the right"
       cvx-deploy run --model 5b --prompt "a panda plays guitar" --output panda.mp4
       cvx-deploy run --model 5b-i2v --image panda.png --prompt "the panda waves" --seed 7
+      cvx-deploy run --model 5b --engine tensorrt --vram 12GB --prompt "a panda plays guitar"
     """
     from cvx_deploy.bundle import Bundle
-    from cvx_deploy.runtime.ort import OrtBackend
-    from cvx_deploy.runtime.pipeline import RunRequest
+    from cvx_deploy.runtime.pipeline import RunRequest, networks_needed
     from cvx_deploy.runtime.pipeline import run as run_pipeline
     from cvx_deploy.runtime.shapes import Wanted, bundle_at
 
+    _check_engine(engine, threads, devices, vram, no_cuda_graphs)
     request = RunRequest(output=output, **options)
     bundle = Bundle.open(path)
     if checkpoint is not None:
         bundle = bundle.with_checkpoint(checkpoint)
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
-    report = run_pipeline(OrtBackend(bundle, threads, progress), request, progress)
+    with ExitStack() as stack:
+        backend, *others = (
+            stack.enter_context(
+                open_backend(
+                    engine,
+                    bundle,
+                    needed=networks_needed(bundle, request),
+                    device=device,
+                    threads=threads,
+                    vram=vram,
+                    cuda_graphs=not no_cuda_graphs,
+                    check_finite=check_finite,
+                    progress=progress,
+                )
+            )
+            for device in devices or (0,)
+        )
+        report = run_pipeline(backend, request, progress, others)
     progress.note(_time_table(report.stages))
     values = {
         "videos": [str(video) for video in report.paths],
@@ -89,6 +132,21 @@ def run(
         "bundle": str(path),
     }
     return values, "\n".join(str(video) for video in report.paths)
+
+
+def _check_engine(
+    engine: EngineName, threads: int | None, devices: tuple[int, ...] | None, vram: int | None, no_cuda_graphs: bool
+) -> None:
+    """Refuse options that mean nothing to an engine."""
+    given = {
+        "--threads": (threads is not None, not compiled(engine)),
+        "--devices": (devices is not None, on_gpu(engine)),
+        "--vram": (vram is not None, compiled(engine)),
+        "--no-cuda-graphs": (no_cuda_graphs, compiled(engine)),
+    }
+    for option, (asked, meant) in given.items():
+        if asked and not meant:
+            raise click.UsageError(f"{option} means nothing to --engine {engine}")
 
 
 def _time_table(stages: dict[str, float]) -> str:

@@ -146,6 +146,24 @@ def run(
     return report
 
 
+def networks_needed(bundle: Bundle, request: RunRequest) -> list[tuple[str, dict[str, int]]]:
+    """Return the role and the sizes of every network that a run loads, so that one that is missing is known at once."""
+    vae_facts, shape = bundle.manifest.vae, bundle.shape
+    halves = [vae.DECODER]
+    needed: list[tuple[str, dict[str, int]]] = []
+    if request.from_latents is None:
+        needed = [("text_encoder", {"batch": 1}), ("transformer", {"batch": 2 if request.guidance_scale > 1 else 1})]
+        if request.image is not None or request.video is not None:
+            halves.append(vae.encoder(vae_facts))
+    for half in halves:
+        planes = [(shape.height // vae_facts.spatial, shape.width // vae_facts.spatial)]
+        if request.vae_tiling:
+            planes = vae.tile_planes(vae_facts, half, shape.height, shape.width)
+        for role in filter(bundle.has, (half.first, half.following)):
+            needed += [(role, {"latent_height": height, "latent_width": width}) for height, width in planes]
+    return needed
+
+
 def make_latents(
     backend: Backend, request: RunRequest, progress: Progress, report: RunReport, others: Sequence[Backend] = ()
 ) -> Latents:

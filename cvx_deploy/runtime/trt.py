@@ -4,7 +4,7 @@ Everything runs on one stream. What was loaded stays loaded, with its CUDA graph
 limit of device memory, the networks of one phase (text encoder, transformer, VAE) make room for those of the next.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.build.libraries import Library
-from cvx_deploy.build.store import EngineStore, Platform
+from cvx_deploy.build.store import EngineRecord, EngineStore, Platform
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.progress import Progress, SilentProgress
@@ -107,6 +107,11 @@ class TensorRtBackend:
         finally:
             session.open -= 1
 
+    def require(self, needed: Iterable[tuple[str, Mapping[str, int]]]) -> None:
+        """Raise EngineError unless there is a whole engine for every role at its sizes; none is loaded."""
+        for role, sizes in needed:
+            self._store.path(self._found(role, sizes))
+
     def to_device(self, array: NDArray[Any]) -> Constant:
         """See `Backend.to_device`; each network that takes it copies it to the device once."""
         return Constant(np.array(array))
@@ -123,10 +128,12 @@ class TensorRtBackend:
         self._cuda.use(self._number)
         self._stack.close()
 
+    def _found(self, role: str, sizes: Mapping[str, int]) -> EngineRecord:
+        return self._store.find(self._library.kind, role, sizes, self._library.version, self._platform)
+
     def _loaded(self, role: str, sizes: dict[str, int]) -> TrtSession:
         described = self.bundle.network(role)
-        record = self._store.find(self._library.kind, role, sizes, self._library.version, self._platform)
-        path = self._store.path(record)
+        path = self._store.path(self._found(role, sizes))
         self._evict(role, path)
         with ExitStack() as stack:
             engine = self._engine(path, role)

@@ -96,6 +96,17 @@ def count_tiles(backend: Backend, half: Half, height: int, width: int) -> int:
     return len(grid.rows.starts) * len(grid.columns.starts)
 
 
+def tile_planes(vae: Vae, half: Half, height: int, width: int) -> list[tuple[int, int]]:
+    """Return the sizes of the tiles that a video of `height` x `width` pixels is cut into, in latents, each once."""
+    scale = vae.spatial if half.downscale == 1 else 1
+    grid = _Grid.of(vae, half, height // scale, width // scale)
+    rows, columns = (
+        sorted({min(axis.tile, length // scale - start) // half.downscale for start in axis.starts})
+        for axis, length in ((grid.rows, height), (grid.columns, width))
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
 def _chunks(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Iterator[Clip]:
     with _Sessions(backend, half, clip.shape[3:]) as sessions:
         yield from sessions.run(clip, advance)

@@ -2,17 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 
 from cvx_deploy.build.build import BuildRequest, Outcome, build, jobs
-from cvx_deploy.build.engine import BuildSettings
+from cvx_deploy.build.engine import BuildSettings, compiled_plans, timing_cache, timing_cache_path
 from cvx_deploy.build.gate import facts_from_graph, judge
 from cvx_deploy.build.libraries import Library, load_library
 from cvx_deploy.build.memory import build_memory
@@ -21,6 +24,8 @@ from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import BundleError, EngineError, OutputError
 from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.runtime.vae import decode
+from tests.build.test_plan import INSPECTED_10
 from tests.command import cvx
 from tests.conftest import Exported
 
@@ -217,10 +222,46 @@ def test_a_network_that_the_parser_refuses_names_its_node(own: Callable[..., Bun
 
 
 def test_shapes_that_need_the_same_engine_share_it(exported: Exported) -> None:
-    shapes = (Shape(9, 80, 112), Shape(17, 80, 112))
-    found = jobs(exported("5b", shapes=shapes), REQUEST)
+    bundle = exported("5b", precision="bf16")
+    networks = bundle.manifest.networks
+    (entry,) = bundle.manifest.shapes
+    longer = replace(entry, shape=Shape(17, 80, 112), networks={**entry.networks, "transformer": "longer"})
+    two = replace(bundle.manifest, shapes=(entry, longer), networks={**networks, "longer": networks["transformer"]})
+    found = jobs(replace(bundle, manifest=two), REQUEST)
     assert sum(job.role == "text_encoder" for job in found) == 1
     assert sum(job.role == "transformer" for job in found) == 2
+
+
+def test_tiled_runs_find_an_engine_for_every_tile(exported: Exported) -> None:
+    small = exported("5b", precision="bf16")
+    (entry,) = small.manifest.shapes
+    large = replace(small.manifest, shapes=(replace(entry, shape=Shape(9, 480, 720)),))  # the graphs fit any plane
+    bundle = replace(small, manifest=large)
+    found = jobs(bundle, replace(REQUEST, vae_tiling=True))
+    decoders = [job.profile for job in found if job.role == "vae_decoder_first"]
+    loaded: set[tuple[int, int]] = set()
+
+    class Recording:
+        """A backend that only remembers the sizes it was asked for."""
+
+        def __init__(self) -> None:
+            self.bundle = bundle
+
+        def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[object]:
+            loaded.add((sizes["latent_height"], sizes["latent_width"]))
+            return nullcontext(self)
+
+        def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+            frames, height, width = inputs["latents"].shape[2:]
+            return {"pixels": np.zeros((1, 3, 4 * frames - 3, 8 * height, 8 * width), np.float32)}
+
+        def to_host(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+            return tensor
+
+    latents = np.zeros((1, 16, 3, 60, 90), np.float32)
+    list(decode(Recording(), latents, tiled=True, advance=lambda _: None))  # type: ignore[arg-type]
+    assert {(sizes["latent_height"][0], sizes["latent_width"][0]) for sizes in decoders} == loaded
+    assert len(loaded) > 1
 
 
 def test_other_settings_make_another_engine(encoder: tuple[Bundle, Outcome], library: Library) -> None:
@@ -229,6 +270,61 @@ def test_other_settings_make_another_engine(encoder: tuple[Bundle, Outcome], lib
     (other,) = built(library, bundle, replace(REQUEST, networks=("text_encoder",), settings=settings))
     assert other.record.key.digest != outcome.record.key.digest
     assert len(EngineStore(bundle).records()) == 2
+
+
+def test_timings_are_kept_by_the_name_of_the_gpu(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = timing_cache_path(library, ADA.gpu)
+    assert path.parent == tmp_path / "cvx-deploy" / "timing"
+    assert path.name.startswith("nvidia-geforce-rtx-4090-tensorrt-rtx-")
+
+    class Config:
+        """Remembers what it was given; the library for RTX does nothing with timings."""
+
+        def create_timing_cache(self, content: bytes) -> "Config":
+            self.given = content
+            return self
+
+        def set_timing_cache(self, cache: object, ignore_mismatch: bool) -> None:
+            assert cache is self
+            assert not ignore_mismatch
+
+        def serialize(self) -> bytes:
+            return self.given + b"one more"
+
+    for given in (b"", b"one more"):
+        config = Config()
+        with timing_cache(config, path):
+            assert config.given == given
+    assert path.read_bytes() == b"one moreone more"
+
+
+def test_the_plan_is_asked_of_the_engine_where_the_messages_do_not_tell_it(library: Library, tmp_path: Path) -> None:
+    asked = []
+
+    class Engine:
+        def create_engine_inspector(self) -> "Engine":
+            return self
+
+        def get_engine_information(self, form: object) -> str:
+            asked.append(form)
+            return json.dumps(INSPECTED_10)
+
+    module = SimpleNamespace(
+        ILogger=library.module.ILogger,
+        LayerInformationFormat=library.module.LayerInformationFormat,
+        Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: Engine()),
+    )
+    path = tmp_path / "a.engine"
+    path.write_bytes(b"engine")
+    full = Library("tensorrt", module, "10.13")  # type: ignore[arg-type]
+    (plan,) = compiled_plans(full, [], path, ())
+    assert plan.source == "engine inspector"
+    assert asked == [library.module.LayerInformationFormat.JSON]
+    with pytest.raises(EngineError, match="list no kernels"):
+        compiled_plans(library, [], path, ("sm89",))
 
 
 def test_the_command_builds_says_what_fused_and_does_it_once(own: Callable[..., Bundle]) -> None:

@@ -1,0 +1,96 @@
+"""From the name of an engine to the backend that runs it, and what each engine lets a user choose."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
+
+from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
+from cvx_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.runtime.backend import Backend
+    from cvx_deploy.runtime.ort import OrtBackend
+    from cvx_deploy.runtime.trt import TensorRtBackend
+
+EngineName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+def on_gpu(engine: EngineName) -> bool:
+    """Whether an engine runs on a GPU, and so on one of several."""
+    return engine != "onnxruntime"
+
+
+def compiled(engine: EngineName) -> TypeGuard[EngineKind]:
+    """Whether an engine runs what `cvx-deploy build` has compiled."""
+    return engine in ENGINE_KINDS
+
+
+@contextmanager
+def open_backend(
+    engine: EngineName,
+    bundle: "Bundle",
+    *,
+    needed: Sequence[tuple[str, Mapping[str, int]]] = (),
+    device: int = 0,
+    threads: int | None = None,
+    vram: int | None = None,
+    cuda_graphs: bool = True,
+    check_finite: bool = False,
+    progress: Progress | None = None,
+) -> "Iterator[Backend]":
+    """Open a bundle on an engine for as long as the block lasts; no weights are loaded yet.
+
+    Args:
+        engine: What runs it.
+        bundle: What to run.
+        needed: Role and sizes of every network that will be loaded; one without an engine is said at once.
+        device: Which GPU, for the engines that run on one.
+        threads: CPU threads of ONNX Runtime; None for one a core.
+        vram: Bytes of device memory that compiled engines may use; None for all there are.
+        cuda_graphs: Whether compiled engines are launched as CUDA graphs.
+        check_finite: Whether every output is searched for NaN and infinity, which is slow.
+        progress: Told what is worth knowing.
+
+    Raises:
+        EngineError: The engine is not installed, or this machine cannot run it.
+    """
+    with ExitStack() as stack:
+        backend: Backend
+        if compiled(engine):
+            native = stack.enter_context(_tensorrt(engine, bundle, device, vram, cuda_graphs, progress))
+            native.require(needed)
+            backend = native
+        else:
+            backend = _onnxruntime(bundle, device if on_gpu(engine) else None, threads, progress)
+        if check_finite:
+            from cvx_deploy.runtime.finite import FiniteBackend
+
+            backend = FiniteBackend(backend)
+        yield backend
+
+
+def _onnxruntime(bundle: "Bundle", device: int | None, threads: int | None, progress: Progress | None) -> "OrtBackend":
+    from cvx_deploy.runtime.ort import OrtBackend, check_cuda_package
+
+    if device is not None:
+        from cvx_deploy.runtime.cuda import CudaPython
+
+        check_cuda_package()
+        CudaPython().gpu(device)  # says of a driver or a device that is missing what ONNX Runtime does not
+    return OrtBackend(bundle, threads, progress, device)
+
+
+def _tensorrt(
+    kind: EngineKind, bundle: "Bundle", device: int, vram: int | None, cuda_graphs: bool, progress: Progress | None
+) -> "TensorRtBackend":
+    from cvx_deploy.build.libraries import load_library
+    from cvx_deploy.build.store import EngineStore
+    from cvx_deploy.runtime.cuda import CudaPython
+    from cvx_deploy.runtime.trt import TensorRtBackend
+
+    library, cuda, store = load_library(kind), CudaPython(), EngineStore(bundle)
+    return TensorRtBackend(
+        bundle, library, cuda, store, device=device, cuda_graphs=cuda_graphs, vram=vram, progress=progress
+    )

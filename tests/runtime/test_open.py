@@ -1,0 +1,137 @@
+"""Engines by their names: what is opened, what their options reach, and the one line that says why one cannot run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cvx_deploy.build import libraries
+from cvx_deploy.bundle import Bundle
+from cvx_deploy.errors import EngineError
+from cvx_deploy.miniatures import miniature
+from cvx_deploy.runtime import cuda, trt
+from cvx_deploy.runtime.finite import FiniteBackend
+from cvx_deploy.runtime.open import ENGINES, EngineName, on_gpu, open_backend
+from cvx_deploy.runtime.ort import OrtBackend
+from tests.command import cvx
+from tests.runtime.fake_cuda import FakeCuda
+from tests.runtime.fake_onnxruntime import FakeOnnxRuntime
+
+GPU_ENGINES = [engine for engine in ENGINES if on_gpu(engine)]
+PROMPT = ("--prompt", "a red circle moves to the right", "--steps", "2")
+
+
+@pytest.fixture
+def mini() -> Bundle:
+    return Bundle.open(miniature("mini"))
+
+
+def test_onnxruntime_is_opened_on_the_cpu(mini: Bundle) -> None:
+    with open_backend("onnxruntime", mini) as backend:
+        assert isinstance(backend, OrtBackend)
+        assert isinstance(backend.to_device(np.zeros(3)).numpy(), np.ndarray)
+
+
+def test_onnxruntime_cuda_is_opened_on_the_device_that_is_named(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeOnnxRuntime(monkeypatch, device=1)
+    monkeypatch.setattr(cuda, "CudaPython", lambda: FakeCuda(count=2))
+    with open_backend("onnxruntime-cuda", mini, device=1):
+        assert fake.words() == ["upload"]
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_options_reach_the_tensorrt_backend(engine: EngineName, mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Opened:
+        def __init__(self, bundle: Bundle, library: Any, driver: Any, store: Any, **options: Any) -> None:
+            self.bundle = bundle
+            made.append((library, options))
+
+        def __enter__(self) -> "Opened":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            made.append("closed")
+
+    monkeypatch.setattr(libraries, "load_library", lambda kind: kind)
+    monkeypatch.setattr(cuda, "CudaPython", FakeCuda)
+    monkeypatch.setattr(trt, "TensorRtBackend", Opened)
+    with open_backend(engine, mini, device=2, vram=10**9, cuda_graphs=False) as backend:
+        assert isinstance(backend, Opened)
+    assert made == [(engine, {"device": 2, "vram": 10**9, "cuda_graphs": False, "progress": None}), "closed"]
+
+
+def test_the_check_for_finite_numbers_is_put_around_any_engine(mini: Bundle) -> None:
+    with open_backend("onnxruntime", mini, check_finite=True) as backend:
+        assert isinstance(backend, FiniteBackend)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no driver be found, as on a machine without a GPU, and no weights be read."""
+
+    def missing() -> None:
+        raise EngineError("this machine has no NVIDIA driver", fix="install one")
+
+    monkeypatch.setattr(cuda, "CudaPython", missing)
+    monkeypatch.setattr(Bundle, "weight_path", lambda *_: pytest.fail("weights were read"))
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("engine", GPU_ENGINES)
+def test_without_a_gpu_every_engine_for_one_fails_in_one_line(engine: str, tmp_path: Path) -> None:
+    outcome = cvx("run", *PROMPT, "--engine", engine, "--output", tmp_path / "out.npy")
+    line = outcome.failure()
+    assert outcome.err.strip() == line
+    assert any(reason in line for reason in ("no NVIDIA driver", "not installed", "has no CUDA"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_driver_onnxruntime_cuda_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeOnnxRuntime(monkeypatch)
+    line = cvx("run", *PROMPT, "--engine", "onnxruntime-cuda", "--output", tmp_path / "out.npy").failure()
+    assert line == "error: this machine has no NVIDIA driver. fix: install one."
+
+
+def test_run_shares_its_videos_out_among_the_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[tuple[Any, Any]] = []
+
+    def on_the_cpu(engine: EngineName, bundle: Bundle, **options: Any) -> Any:
+        opened.append((engine, options))
+        return open_backend("onnxruntime", bundle, threads=1)
+
+    common = ("run", *PROMPT, "--num-videos", "3")
+    assert cvx(*common, "--threads", 1, "--output", tmp_path / "one.npy").code == 0
+    monkeypatch.setattr("cvx_deploy.cli.videos.open_backend", on_the_cpu)
+    several = ("--engine", "tensorrt", "--devices", "1,3", "--vram", "1.5GB", "--no-cuda-graphs", "--check-finite")
+    assert cvx(*common, *several, "--output", tmp_path / "two.npy").code == 0
+    options = {"threads": None, "vram": 1_500_000_000, "cuda_graphs": False, "check_finite": True}
+    for (engine, given), device in zip(opened, (1, 3), strict=True):
+        assert engine == "tensorrt"
+        assert {key: value for key, value in given.items() if key != "progress"} == {"device": device, **options}
+    assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--vram", "12GB"],
+        ["--devices", "0"],
+        ["--no-cuda-graphs"],
+        ["--engine", "onnxruntime-cuda", "--vram", "12GB"],
+        ["--engine", "onnxruntime-cuda", "--no-cuda-graphs"],
+        ["--engine", "tensorrt", "--threads", "2"],
+        ["--engine", "tensorrt", "--vram", "much"],
+        ["--engine", "tensorrt", "--devices", "0,0"],
+        ["--engine", "tensorrt", "--devices", "first"],
+        ["--engine", "tensorrt", "--devices", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_mean_nothing_to_an_engine_are_wrong_usage(words: list[str]) -> None:
+    outcome = cvx("run", *PROMPT, *words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines()[-1].startswith("Error: ")
