@@ -1,5 +1,8 @@
 """Engines by their names: what is opened, what their options reach, and the one line that says why one cannot run."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from cvx_deploy.miniatures import miniature
 from cvx_deploy.runtime import cuda, trt
 from cvx_deploy.runtime.finite import FiniteBackend
 from cvx_deploy.runtime.open import ENGINES, EngineName, on_gpu, open_backend
-from cvx_deploy.runtime.ort import OrtBackend
+from cvx_deploy.runtime.ort import OrtBackend, OrtSession
+from cvx_deploy.runtime.pipeline import RunRequest, networks_needed, run
 from tests.command import cvx
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_onnxruntime import FakeOnnxRuntime
@@ -55,12 +59,38 @@ def test_options_reach_the_tensorrt_backend(engine: EngineName, mini: Bundle, mo
         def __exit__(self, *error: object) -> None:
             made.append("closed")
 
+        def require(self, needed: Any) -> None:
+            made.append(needed)
+
+    needed = [("text_encoder", {"batch": 1})]
     monkeypatch.setattr(libraries, "load_library", lambda kind: kind)
     monkeypatch.setattr(cuda, "CudaPython", FakeCuda)
     monkeypatch.setattr(trt, "TensorRtBackend", Opened)
-    with open_backend(engine, mini, device=2, vram=10**9, cuda_graphs=False) as backend:
+    with open_backend(engine, mini, needed=needed, device=2, vram=10**9, cuda_graphs=False) as backend:
         assert isinstance(backend, Opened)
-    assert made == [(engine, {"device": 2, "vram": 10**9, "cuda_graphs": False, "progress": None}), "closed"]
+    options = {"device": 2, "vram": 10**9, "cuda_graphs": False, "progress": None}
+    assert made == [(engine, options), needed, "closed"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance_scale": 1.0}, {"vae_tiling": True}])
+def test_a_run_loads_exactly_the_networks_it_says_it_needs(mini: Bundle, tmp_path: Path, changes: Any) -> None:
+    facts = replace(mini.manifest.vae, tile_height=48, tile_width=40)
+    bundle = replace(mini, manifest=replace(mini.manifest, vae=facts))
+    loaded: list[tuple[str, dict[str, int]]] = []
+
+    class Recording(OrtBackend):
+        @contextmanager
+        def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OrtSession]:
+            loaded.append((role, dict(sizes)))
+            with super().load(role, sizes) as session:
+                yield session
+
+    request = RunRequest(("a red circle",), tmp_path / "video.npy", steps=2, **changes)
+    run(Recording(bundle, threads=1), request)
+    needed = networks_needed(bundle, request)
+    assert all(need in loaded for need in needed)
+    assert all(load in needed for load in loaded)
+    assert len(needed) == (6 if changes.get("vae_tiling") else 3)
 
 
 def test_the_check_for_finite_numbers_is_put_around_any_engine(mini: Bundle) -> None:
@@ -108,7 +138,12 @@ def test_run_shares_its_videos_out_among_the_devices(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("cvx_deploy.cli.videos.open_backend", on_the_cpu)
     several = ("--engine", "tensorrt", "--devices", "1,3", "--vram", "1.5GB", "--no-cuda-graphs", "--check-finite")
     assert cvx(*common, *several, "--output", tmp_path / "two.npy").code == 0
-    options = {"threads": None, "vram": 1_500_000_000, "cuda_graphs": False, "check_finite": True}
+    needed = [
+        ("text_encoder", {"batch": 1}),
+        ("transformer", {"batch": 2}),
+        ("vae_decoder_first", {"latent_height": 6, "latent_width": 6}),
+    ]
+    options = {"needed": needed, "threads": None, "vram": 1_500_000_000, "cuda_graphs": False, "check_finite": True}
     for (engine, given), device in zip(opened, (1, 3), strict=True):
         assert engine == "tensorrt"
         assert {key: value for key, value in given.items() if key != "progress"} == {"device": device, **options}
