@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, Result, need_export_extra, plain_name, reporting, scaled_file, sizes
+from cvx_deploy.cli.options import ENGINES_DIR, LORAS, Result, need_export_extra, plain_name, reporting, sizes
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import Progress
@@ -70,14 +70,7 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
     metavar="DIR",
     help="A fine-tuned transformer in place of the checkpoint's.",
 )
-@click.option(
-    "--lora",
-    "loras",
-    type=scaled_file,
-    multiple=True,
-    metavar="FILE[:SCALE]",
-    help="An adapter to merge into the transformer; again for more. SCALE is 1 unless given.",
-)
+@LORAS
 @click.option("--copy-weights", is_flag=True, help="Put the weights into the bundle instead of pointing at them.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: NAME in the engines folder.")
 @ENGINES_DIR

@@ -9,6 +9,7 @@ import click
 from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
+    LORAS,
     MOVED_CHECKPOINT,
     Result,
     bytes_of,
@@ -16,7 +17,6 @@ from cvx_deploy.cli.options import (
     need_extra,
     plain_name,
     reporting,
-    scaled_file,
     which_bundle,
 )
 from cvx_deploy.progress import Progress
@@ -202,14 +202,7 @@ def _line(outcome: "Outcome", bundle: "Bundle") -> str:
 
 @cli.command()
 @which_bundle
-@click.option(
-    "--lora",
-    "loras",
-    type=scaled_file,
-    multiple=True,
-    metavar="FILE[:SCALE]",
-    help="An adapter to merge into the transformer; again for more. SCALE is 1 unless given.",
-)
+@LORAS
 @click.option("--restore", is_flag=True, help="Take the adapters out of the bundle again, in its place.")
 @click.option("--name", metavar="NAME", callback=plain_name, help="Of the new bundle, beside the one it is made from.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's folder, anywhere.")

@@ -127,6 +127,16 @@ MOVED_CHECKPOINT = click.option(
 )
 
 
+LORAS = click.option(
+    "--lora",
+    "loras",
+    type=scaled_file,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="An adapter to merge into the transformer; again for more. SCALE is 1 unless given.",
+)
+
+
 def need_export_extra(*packages: str) -> None:
     """Say what to install when `packages`, or those that export, are not there."""
     need_extra("export", *(packages or ("torch", "diffusers", "transformers", "optimum", "onnx_ir")))
