@@ -30,11 +30,14 @@ FRAME_MS = 125
 HOLD = 5
 
 
-def videos_of_prompts(seed: int) -> NDArray[np.float32]:
-    """Make one video a prompt with the defaults: (videos, frames, height, width, 3) in [0, 1]."""
+def videos_of_prompts(seed: int, guidance_scale: float) -> NDArray[np.float32]:
+    """Make one video a prompt in the default number of steps: (videos, frames, height, width, 3) in [0, 1]."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "videos.npy"
-        run(OrtBackend(Bundle.open(miniature("mini"))), RunRequest(PROMPTS, output, seed=seed))
+        run(
+            OrtBackend(Bundle.open(miniature("mini"))),
+            RunRequest(PROMPTS, output, seed=seed, guidance_scale=guidance_scale),
+        )
         return np.load(output)
 
 
@@ -78,8 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/miniature.gif"))
     parser.add_argument("--seed", type=int, default=0, help="of the first video; the next has one more")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="at 6 colours and shapes swell")
     arguments = parser.parse_args()
-    write_gallery(videos_of_prompts(arguments.seed), arguments.output)
+    write_gallery(videos_of_prompts(arguments.seed, arguments.guidance_scale), arguments.output)
 
 
 if __name__ == "__main__":
