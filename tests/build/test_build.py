@@ -1,9 +1,10 @@
 """Every network of every model is compiled, for real and without a GPU, and judged."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,10 +69,13 @@ def graph_of(bundle: Bundle, name: str) -> onnx.GraphProto:
     return onnx.ModelProto.FromString(bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()).graph
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"), [*((model.name, NATIVE[model.dtype]) for model in MODELS.values()), ("5b", "fp16")]
+)
 def test_every_network_of_every_model_compiles_as_expected(
-    model_name: str, own: Callable[..., Bundle], library: Library
+    name: str, precision: str, own: Callable[..., Bundle], library: Library
 ) -> None:
-    bundle = own(model_name, precision=NATIVE[MODELS[model_name].dtype])
+    bundle = own(name, precision=precision)
     outcomes = built(library, bundle)
     assert {outcome.record.network for outcome in outcomes} == set(bundle.manifest.networks)
     store = EngineStore(bundle)
@@ -169,9 +173,7 @@ class Interrupting(SilentProgress):
     """Ctrl-C in the middle of a build."""
 
     def task(self, description: str, total: int | None = None):  # type: ignore[no-untyped-def]
-        import contextlib
-
-        @contextlib.contextmanager
+        @contextmanager
         def shown():  # type: ignore[no-untyped-def]
             def advance(_: int) -> None:
                 if description.startswith("build "):
@@ -346,15 +348,18 @@ def test_the_command_builds_says_what_fused_and_does_it_once(own: Callable[..., 
         (("--bundle", "{bundle}", "--target", "sm90"), "compiles for sm75, sm80, .*, not for sm90"),
         (("--bundle", "{bundle}", "--target", "rtx4099"), "no figures are known for a GPU called rtx4099"),
         (("--bundle", "{bundle}", "--target", "sm89", "--network", "unet"), "has no network unet"),
-        (("--model", "mini", "--target", "sm89"), "is a part of the package, where nothing is written"),
+        (
+            ("--model", "mini", "--engines-dir", "{empty}", "--target", "sm89"),
+            "is a part of the package, where nothing is written",
+        ),
         (("--bundle", "{bundle}", "--engine", "tensorrt"), "tensorrt is not installed here"),
     ],
 )
-def test_what_cannot_be_built_is_one_clear_error(exported: Exported, words: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_built_is_one_clear_error(
+    exported: Exported, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
     place = str(exported("5b", precision="bf16").path)
-    import re
-
-    assert re.search(said, cvx("build", *(word.format(bundle=place) for word in words)).failure())
+    assert re.search(said, cvx("build", *(word.format(bundle=place, empty=tmp_path) for word in words)).failure())
 
 
 def test_records_are_plain_json(encoder: tuple[Bundle, Outcome]) -> None:
