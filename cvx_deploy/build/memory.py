@@ -10,7 +10,8 @@ import psutil
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
 
-# An upper bound of the builds in benchmarks/results/build.json: T5-XXL took 1.63 times its weights, a 5b transformer 1.40.
+# An upper bound of the builds in benchmarks/results/build.json: T5-XXL took 1.63 times its weights, the 5b
+# transformer 1.40 times.
 _BASE = 600 << 20
 _PER_WEIGHT_BYTE = 1.65
 
