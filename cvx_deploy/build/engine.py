@@ -269,15 +269,20 @@ def _writer(library: Library, file: BinaryIO) -> Any:
     return Writer()
 
 
+# What an error says, and what would help.
+_REMEDIES = {
+    r"out of ?memory": "free memory, or build with a lower --optimization-level or a smaller --workspace",
+    r"Cannot compile for target": "name a newer --target, or export with another --precision",
+    r"CUDA": "build on a machine with the GPU; engines to be refitted, or without weights, need one even ahead of time",
+}
+
+
 def _failure(library: Library, logger: Any) -> EngineError:
-    """Return the failure that the library's own last error stands for."""
+    """Return the failure that the library's errors stand for: the first is the cause, later ones follow from it."""
     text = " ".join(logger.errors)
-    cause = " ".join(re.sub(r"\(See https?://\S+[^)]*\)", "", logger.errors[-1] if logger.errors else "").split())
     if "not supported by a dedicated kernel" in text:
         return UnfusedError("no fused attention kernel takes its shapes and types", fix="export in bf16 or fp16")
-    fix = "run it with --engine onnxruntime, and report this with the model's name"
-    if "out of memory" in text.lower() or "OutOfMemory" in text:
-        fix = "free memory, or build with a lower --optimization-level or a smaller --workspace"
-    elif "CUDA" in text and ("initialization" in text or "driver" in text):
-        fix = "build on the machine with the GPU, or with --engine tensorrt-rtx --target sm89, which needs none"
-    return EngineError(f"{library.kind} {library.version} cannot compile it: {cause or 'it gives no reason'}", fix=fix)
+    cause = " ".join((logger.errors or ["it gives no reason"])[0].split())
+    known = (fix for words, fix in _REMEDIES.items() if re.search(words, text, re.IGNORECASE))
+    fix = next(known, "run it with --engine onnxruntime, and report this with the model's name")
+    return EngineError(f"{library.kind} {library.version} cannot compile it: {cause}", fix=fix)

@@ -362,6 +362,22 @@ def test_what_cannot_be_built_is_one_clear_error(
     assert re.search(said, cvx("build", *(word.format(bundle=place, empty=tmp_path) for word in words)).failure())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--target", "sm75"), r"Cannot compile for target\(s\) sm75, because .* b16.* fix: name a newer --target"),
+        (("--target", "sm89", "--refit"), r"CUDA_SUCCESS\) failed.* fix: build on a machine with the GPU"),
+    ],
+)
+def test_the_cause_is_said_and_not_what_followed_from_it(
+    own: Callable[..., Bundle], options: tuple[str, ...], said: str
+) -> None:
+    bundle = own("5b", precision="bf16")
+    outcome = cvx("build", "--bundle", bundle.path, "--network", "text_encoder", *options)
+    assert re.search(said, outcome.failure())
+    assert not (bundle.path / "engines").exists()
+
+
 def test_records_are_plain_json(encoder: tuple[Bundle, Outcome]) -> None:
     bundle, outcome = encoder
     path = bundle.path / "engines" / f"text_encoder-{outcome.record.key.digest}.json"
