@@ -56,6 +56,11 @@ class TensorSpec:
             if size < 1 if isinstance(size, int) else not _SYMBOL.fullmatch(size):
                 raise ValueError(f"{self.name} has an axis of size {size}")
 
+    @property
+    def symbols(self) -> set[str]:
+        """What its sizes depend on: batch, latent_height, ..."""
+        return {size.rpartition("*")[2] for size in self.shape if isinstance(size, str)}
+
     def resolve(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the shape in numbers; `sizes` gives the symbols, and a symbol ``8*x`` is eight times ``x``."""
         return tuple(size if isinstance(size, int) else dimension(size, sizes) for size in self.shape)

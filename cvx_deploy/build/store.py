@@ -17,8 +17,10 @@ from cvx_deploy.build.plan import CompiledPlan
 from cvx_deploy.bundle import Bundle, StoredFile
 from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.files import sha256_of, staged_file
+from cvx_deploy.runtime.cuda import Gpu
 
 FOLDER = "engines"
+_PLAN = ".plan.json"
 RECORD_VERSION = 1
 Profile = dict[str, tuple[int, int, int]]
 """Symbol (batch, latent_height, latent_width) to its smallest, usual and largest size."""
@@ -37,6 +39,11 @@ class Platform:
     gpu: str
     capability: str
     driver: str
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> "Platform":
+        """Return what engines know of a GPU that the driver describes."""
+        return cls(gpu.name, gpu.compute_capability, gpu.driver)
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,15 @@ def plans_from_json(text: bytes) -> tuple[CompiledPlan, ...]:
     return tuple(CompiledPlan.from_json(bytes(plan)) for plan in msgspec.json.decode(text, type=list[msgspec.Raw]))
 
 
+def _read(path: Path) -> EngineRecord | None:
+    """Return the record in a file; None where there is none that can be read."""
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError):
+        return None
+    return record if record.version == RECORD_VERSION else None
+
+
 class EngineStore:
     """The engines of one bundle."""
 
@@ -180,17 +196,8 @@ class EngineStore:
 
     def records(self) -> list[EngineRecord]:
         """Return the records that can be read; a damaged one counts as none, and its engine is built again."""
-        found = []
-        for path in sorted(self.folder.glob("*.json")):
-            if path.name.endswith(".plan.json"):
-                continue
-            try:
-                record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-            except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError):
-                continue
-            if record.version == RECORD_VERSION:
-                found.append(record)
-        return found
+        paths = (path for path in sorted(self.folder.glob("*.json")) if not path.name.endswith(_PLAN))
+        return [record for record in map(_read, paths) if record is not None]
 
     def find(
         self, kind: EngineKind, role: str, sizes: Mapping[str, int], library: str, platform: Platform
