@@ -1,7 +1,7 @@
 """A checkpoint in, a bundle out."""
 
 import importlib.metadata
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class ExportRequest:
         variant: Which weight files to read where the checkpoint has several, such as fp16.
         source: Where `checkpoint` was fetched from, such as a hub id; None for a folder of the user's own.
         revision: The commit that was fetched.
+        rewrites: Which of `cvx_deploy.graph.rewrites.REWRITES` to apply to every graph; None for all.
     """
 
     model: str
@@ -71,6 +72,7 @@ class ExportRequest:
     variant: str | None = None
     source: str | None = None
     revision: str | None = None
+    rewrites: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if self.shapes and any(size is not None for size in (self.frames, self.height, self.width)):
@@ -99,7 +101,7 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
         networks = {}
         for name, contract in contracts.items():
             with progress.task(f"trace {name}"):
-                networks[name] = _write_network(contract, checkpoint, staging / f"{name}.onnx")
+                networks[name] = _write_network(contract, checkpoint, staging / f"{name}.onnx", request.rewrites)
         weights = _weight_table(checkpoint, networks, progress)
         if request.copy_weights:
             weights = _copy_weights(checkpoint, weights, staging, progress)
@@ -209,9 +211,11 @@ def _check_components(checkpoint: Checkpoint, contracts: dict[str, NetworkContra
         checkpoint.tensors(component)
 
 
-def _write_network(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:
+def _write_network(
+    contract: NetworkContract, checkpoint: Checkpoint, path: Path, rewrites: Collection[str] | None
+) -> Network:
     where = checkpoint.place(contract.component)
-    model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where)
+    model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where, rewrites)
     model.producer_name, model.producer_version = "cvx-deploy", __version__
     model.graph.name = path.stem
     ir.save(model, path)

@@ -7,7 +7,7 @@ graph are then pointed at their bytes in the checkpoint's safetensors files. Not
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.repeat import repeat_blocks
 from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
 from cvx_deploy.graph.fold import fold_indices
+from cvx_deploy.graph.rewrites import rewrite
 from cvx_deploy.graph.split import split_without_sequences
 
 OPSET = 23
@@ -32,13 +33,19 @@ _IR_DTYPES = {
 }
 
 
-def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTensor], where: Path) -> ir.Model:
-    """Trace a network and bind its weights.
+def onnx_from_contract(
+    contract: NetworkContract,
+    tensors: dict[str, StoredTensor],
+    where: Path,
+    rewrites: Collection[str] | None = None,
+) -> ir.Model:
+    """Trace a network, rewrite its graph, and bind its weights.
 
     Args:
         contract: What to trace.
         tensors: Every tensor of the checkpoint's component by name.
         where: The component's folder, for error messages.
+        rewrites: Which of `REWRITES` to apply; None for all.
 
     Returns:
         The model, its initializers external, each in the file `weight_location` names.
@@ -56,6 +63,7 @@ def onnx_from_contract(contract: NetworkContract, tensors: dict[str, StoredTenso
     if contract.blocks is not None:
         repeat_blocks(model, contract.blocks)
     fold_indices(model)
+    rewrite(model, rewrites)
     _bind_weights(model, contract, tensors, where)
     for simplify in (
         passes.RemoveUnusedNodesPass(),

@@ -1,0 +1,19 @@
+"""Which rewrites there are, and the order in which they are applied."""
+
+from collections.abc import Callable, Collection
+
+import onnx_ir as ir
+
+Rewrite = Callable[[ir.Model], int]
+"""Changes a graph in place, and returns in how many places."""
+
+REWRITES: dict[str, Rewrite] = {}
+"""By name, in the order in which they are applied."""
+
+
+def rewrite(model: ir.Model, names: Collection[str] | None = None) -> dict[str, int]:
+    """Apply rewrites to a graph, in place: those of `names`, or all; return in how many places each applied."""
+    unknown = set(names or ()) - set(REWRITES)
+    if unknown:
+        raise ValueError(f"there is no rewrite {', '.join(sorted(unknown))}; there are {', '.join(REWRITES)}")
+    return {name: apply(model) for name, apply in REWRITES.items() if names is None or name in names}
