@@ -710,7 +710,7 @@ WAITING_EXPORT = """
 import sys, time
 from cvx_deploy.exporters import export
 
-def wait(contract, checkpoint, path):
+def wait(contract, checkpoint, path, rewrites):
     path.write_bytes(b"half a network")
     print("now: half way", file=sys.stderr, flush=True)
     time.sleep(60)

@@ -1,5 +1,6 @@
 """Exports without the minutes of tracing, for tests of everything around it."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:
     """Let exports write a line of text in place of every network, or of those of some components; all else is real."""
     trace = export._write_network
 
-    def write(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:
-        untraced = not components or contract.component in components
-        return (_write_text if untraced else trace)(contract, checkpoint, path)
+    def write(
+        contract: NetworkContract, checkpoint: Checkpoint, path: Path, rewrites: Collection[str] | None
+    ) -> Network:
+        if components and contract.component not in components:
+            return trace(contract, checkpoint, path, rewrites)
+        return _write_text(contract, checkpoint, path)
 
     monkeypatch.setattr(export, "_write_network", write)
 
