@@ -21,7 +21,7 @@ from cvx_deploy.progress import Progress
 
 MANIFEST = "bundle.json"
 HASHES = "SHA256SUMS"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DType = Literal["float32", "float16", "int64"]

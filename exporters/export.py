@@ -26,6 +26,7 @@ from cvx_deploy.errors import ShapeError
 from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.lora import merge_adapters, read_adapters
+from cvx_deploy.exporters.modulation import ModulationContract
 from cvx_deploy.exporters.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.tokenizer import write_tokenizer_json
 from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
@@ -175,6 +176,7 @@ def contracts_for(checkpoint: Checkpoint, shape: Shape, precision: Precision) ->
         text_length = transformer["max_text_seq_length"]
         contracts.append(TextEncoderContract(checkpoint.configs["text_encoder"], precision, text_length))
     with sensible_config(checkpoint.place("transformer")):
+        contracts.append(ModulationContract(transformer, precision))
         contracts.append(TransformerContract(transformer, precision, shape, spatial, temporal))
     with sensible_config(checkpoint.place("vae")):
         contracts += _encoder_contracts(checkpoint, shape, precision)

@@ -4,7 +4,8 @@ CogVideoX's transformer is 30 or 42 equal blocks, T5-XXL 24. Tracing a block tak
 one milliseconds. So four are traced: the first, which may hold what all share, two from the middle, and the last,
 parts of which may be dead. The second of the middle ones is repeated. The two together say, node by node, what a block
 takes from the block before it, what from outside, and which weights are its own; where they are not alike to the last
-node and attribute, nothing is guessed.
+node and attribute, nothing is guessed. What a Split outside hands out piece by piece, as many to each block, is shared
+out on to the blocks that follow.
 """
 
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class _Repeater:
         twins = dict(zip(_values(before), _values(template), strict=True)) if len(before) == len(template) else {}
         if not twins or not all(map(self._alike, before, template)):
             raise self._refusal()
+        self._strides: dict[ir.Value, int] = {}
         self._carried = self._what_is_carried(before, twins)
 
     def _alike(self, first: ir.Node, second: ir.Node) -> bool:
@@ -109,8 +111,17 @@ class _Repeater:
                 elif mine in twins:
                     carried[mine] = twins[mine]
                 elif mine is not yours:
-                    raise self._refusal()
+                    self._strides[mine] = self._stride(yours, mine)
         return carried
+
+    def _stride(self, yours: ir.Value, mine: ir.Value) -> int:
+        """Return how many pieces further on a block finds its own, of those that one node hands out."""
+        source, first, second = mine.producer(), yours.index(), mine.index()
+        if source is None or source is not yours.producer() or source.op_type != "Split":
+            raise self._refusal()
+        assert first is not None
+        assert second is not None
+        return second - first
 
     def add(self, index: int) -> list[ir.Node]:
         """Append block `index` after the last one and return its nodes."""
@@ -149,7 +160,15 @@ class _Repeater:
             return copies[value]
         if value in self._carried:
             return ahead[self._carried[value]]
+        if value in self._strides:
+            return self._piece(value, index)
         return self._weight(value, index) if value.is_initializer() else value
+
+    def _piece(self, value: ir.Value, index: int) -> ir.Value:
+        source, place = value.producer(), value.index()
+        assert source is not None
+        assert place is not None
+        return source.outputs[place + (index - _TEMPLATE) * self._strides[value]]
 
     def _weight(self, value: ir.Value, index: int) -> ir.Value:
         name = self._renamed(value.name, index)

@@ -1,6 +1,5 @@
-"""The diffusion transformer: noisy latents, prompt embeddings and a timestep in, the v-prediction out."""
+"""The diffusion transformer: noisy latents, prompt embeddings and a step's modulation in, the v-prediction out."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,31 +10,11 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle import Precision, TensorSpec
 from cvx_deploy.exporters.contract import NetworkContract, as_numpy
+from cvx_deploy.exporters.modulation import ModulationRows, modulation_spec
 from cvx_deploy.exporters.repeat import Blocks
 from cvx_deploy.models import Shape, Traits
 
-_MAX_PERIOD = 10_000
 _POSITIONS = "model.embedding_dropout.positions"
-
-
-class TimestepTable(torch.nn.Module):
-    """Sinusoidal timestep features from a table of frequencies, as diffusers' `Timesteps` computes them.
-
-    At timestep 999 the rounding of another engine's ``exp`` would already turn an angle by 1e-4.
-    """
-
-    freqs: torch.Tensor
-
-    def __init__(self, channels: int, flip_sin_to_cos: bool) -> None:
-        super().__init__()
-        self.flip_sin_to_cos = flip_sin_to_cos
-        self.register_buffer("freqs", torch.zeros(channels // 2, dtype=torch.float32), persistent=False)
-
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Return features ``(B, channels)`` in float32 for ``timestep (B,)``."""
-        angle = timestep[:, None].float() * self.freqs[None, :]
-        sin, cos = angle.sin(), angle.cos()
-        return torch.cat([cos, sin] if self.flip_sin_to_cos else [sin, cos], dim=-1)
 
 
 class AddPositions(torch.nn.Module):
@@ -99,12 +78,18 @@ class SinCosPositions(torch.nn.Module):
 
 
 class Transformer(torch.nn.Module):
-    """CogVideoX's transformer with every table that depends on the shape alone made a constant."""
+    """CogVideoX's transformer: what depends on the shape alone is a constant, on the step alone an input.
 
-    def __init__(self, config: dict[str, Any], tokens: tuple[int, int, int], positions: str) -> None:
+    Args:
+        config: ``transformer/config.json``, with as many layers as are to be traced.
+        layers: How many the network has.
+        tokens: Video tokens along time, height and width.
+        positions: Which positions it knows: learned, sincos or rotary.
+    """
+
+    def __init__(self, config: dict[str, Any], layers: int, tokens: tuple[int, int, int], positions: str) -> None:
         super().__init__()
         model = CogVideoXTransformer3DModel.from_config(config)
-        flip = model.config.flip_sin_to_cos
         inner = model.config.num_attention_heads * model.config.attention_head_dim
         if positions == "learned":
             model.embedding_dropout = AddPositions(LearnedPositions(model.patch_embed.pos_embedding))
@@ -114,9 +99,7 @@ class Transformer(torch.nn.Module):
         model.patch_embed.use_positional_embeddings = False
         model.patch_embed.use_learned_positional_embeddings = False
         model.patch_embed.pos_embedding = None
-        model.time_proj = TimestepTable(inner, flip)
-        if model.ofs_proj is not None:
-            model.ofs_proj = TimestepTable(model.config.ofs_embed_dim, flip)
+        ModulationRows(layers).serve(model)
         self.model = model
         self.cos = self.sin = None
         if model.config.use_rotary_positional_embeddings:
@@ -128,17 +111,15 @@ class Transformer(torch.nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        ofs: torch.Tensor | None = None,
+        modulation: torch.Tensor,
     ) -> torch.Tensor:
-        """Predict v for ``hidden_states (B, F, C, H, W)``; one timestep serves the whole batch."""
+        """Predict v for ``hidden_states (B, F, C, H, W)``; one step's modulation serves the whole batch."""
         dtype = self.model.proj_out.weight.dtype
         rotary = None if self.cos is None or self.sin is None else (self.cos(), self.sin())
         output: torch.Tensor = self.model(
             hidden_states.to(dtype),
             encoder_hidden_states.to(dtype),
-            timestep,
-            ofs=ofs,
+            modulation,
             image_rotary_emb=rotary,
             return_dict=False,
         )[0]
@@ -173,16 +154,15 @@ class TransformerContract(NetworkContract):
 
     @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Latents (image-to-video: with the image latents as further channels), prompt embeddings, timestep, ofs."""
+        """Latents (image-to-video: with the image latents as further channels), prompt embeddings, modulation."""
         config = self.config
         text = ("batch", config["max_text_seq_length"], config["text_embed_dim"])
         frames, height, width = self.latent_shape
-        specs = (
+        return (
             TensorSpec("hidden_states", "float32", ("batch", frames, config["in_channels"], height, width), "BFCHW"),
             TensorSpec("encoder_hidden_states", "float32", text, "BSD"),
-            TensorSpec("timestep", "int64", (1,), "N"),
+            modulation_spec(config, self.precision),
         )
-        return (*specs, TensorSpec("ofs", "float32", (1,), "N")) if self.traits.ofs else specs
 
     @property
     def output_specs(self) -> tuple[TensorSpec, ...]:
@@ -198,16 +178,15 @@ class TransformerContract(NetworkContract):
 
     def build(self) -> torch.nn.Module:
         """Return the transformer."""
-        return Transformer({**self.config, "num_layers": self.blocks.traced}, self.tokens, self.positions)
+        return Transformer(
+            {**self.config, "num_layers": self.blocks.traced}, self.blocks.count, self.tokens, self.positions
+        )
 
     def constants(self) -> dict[str, NDArray[Any]]:
-        """Return the frequency, sin-cos and rotary tables, computed by diffusers' own functions."""
+        """Return the sin-cos and rotary tables, computed by diffusers' own functions."""
         config = self.config
         inner = config["num_attention_heads"] * config["attention_head_dim"]
-        shift = config.get("freq_shift", 0)
-        tables = {"model.time_proj.freqs": _frequencies(inner, shift)}
-        if self.traits.ofs:
-            tables["model.ofs_proj.freqs"] = _frequencies(config["ofs_embed_dim"], shift)
+        tables: dict[str, NDArray[Any]] = {}
         if self.positions == "sincos":
             tables |= _axes(f"{_POSITIONS}.grid", self._sincos(inner), inner, "twh")
         if self.traits.positions != "sincos":
@@ -244,13 +223,6 @@ class TransformerContract(NetworkContract):
         else:
             cos, sin = get_3d_rotary_pos_embed(width, None, (h, w), t, grid_type="slice", max_size=base)
         return cos.reshape(t, h, w, width), sin.reshape(t, h, w, width)
-
-
-def _frequencies(channels: int, shift: float) -> NDArray[Any]:
-    """Return the frequencies of diffusers' `get_timestep_embedding`, computed by torch as it does."""
-    half = channels // 2
-    exponent = -math.log(_MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / (half - shift)
-    return as_numpy(exponent.exp())
 
 
 def _axes(prefix: str, table: torch.Tensor, channels: int, order: str) -> dict[str, NDArray[Any]]:

@@ -46,6 +46,7 @@ class Expectation:
 # By the first word of the role: transformer, text_encoder, vae_encoder, vae_decoder_first, ...
 EXPECTATIONS = {
     "transformer": Expectation("fused"),
+    "modulation": Expectation("none"),
     # T5 adds a bias by relative position and a mask to the scores, which TensorRT does not fuse; at 226 tokens, once a
     # video, they are small. Its feed-forward output overflows float16: transformers keeps that layer in float32.
     "text": Expectation("in pieces", float32=("DenseReluDense.wo/",)),

@@ -116,8 +116,8 @@ def _engines(bundle: Bundle) -> list[EngineRecord]:
 
 
 def _networks(bundle: Bundle) -> set[str]:
-    """Return the names of the transformer's networks: one a shape."""
-    return {entry.networks[_DENOISER] for entry in bundle.manifest.shapes}
+    """Return the names of the networks with the transformer's weights: its own, one a shape, and its modulation's."""
+    return {entry.networks[role] for entry in bundle.manifest.shapes for role in (_DENOISER, "modulation")}
 
 
 def _is_refittable(record: EngineRecord) -> bool:

@@ -25,12 +25,15 @@ class FiniteBackend:
     def __init__(self, backend: Backend) -> None:
         self.bundle = backend.bundle
         self._backend = backend
+        self._timesteps: list[int] = []
 
     @contextmanager
     def load(self, role: str, sizes: Mapping[str, int]) -> Iterator["FiniteSession"]:
         """Load a network for the block; see `Backend.load`."""
+        if role == "modulation":
+            self._timesteps.clear()
         with self._backend.load(role, sizes) as session:
-            yield FiniteSession(role, self._backend, session)
+            yield FiniteSession(role, self._backend, session, self._timesteps)
 
     def to_device(self, array: NDArray[Any]) -> DeviceTensor:
         """See `Backend.to_device`."""
@@ -42,13 +45,20 @@ class FiniteBackend:
 
 
 class FiniteSession:
-    """One loaded network whose in- and outputs are looked at."""
+    """One loaded network whose in- and outputs are looked at.
 
-    def __init__(self, role: str, backend: Backend, session: Session) -> None:
+    Args:
+        role: The network's.
+        backend: Where it runs.
+        session: It, loaded.
+        timesteps: Those that the modulation network has been run for; each run of it adds its own.
+    """
+
+    def __init__(self, role: str, backend: Backend, session: Session, timesteps: list[int]) -> None:
         self._role, self._backend, self._session = role, backend, session
         self._network: Network = backend.bundle.network(role)
         self._runs = 0
-        self._timestep: int | None = None
+        self._timesteps = timesteps
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
         """Run the network once.
@@ -56,7 +66,9 @@ class FiniteSession:
         Raises:
             EngineError: What it is given from the host, or what it puts out, is not finite.
         """
-        self._count(inputs)
+        self._runs += 1
+        if "timestep" in inputs:
+            self._timesteps.append(int(np.asarray(inputs["timestep"])[0]))
         for name, tensor in inputs.items():
             if isinstance(tensor, np.ndarray):
                 self._check("was given", name, tensor)
@@ -66,13 +78,12 @@ class FiniteSession:
                 self._check("put out", spec.name, self._backend.to_host(outputs[spec.name]))
         return outputs
 
-    def _count(self, inputs: Mapping[str, Any]) -> None:
-        """Count the runs, from one again where the timesteps of the next video begin."""
-        before, self._timestep = self._timestep, None
-        if "timestep" in inputs:
-            self._timestep = int(np.asarray(inputs["timestep"])[0])
-        begins = before is not None and self._timestep is not None and self._timestep >= before
-        self._runs = 1 if begins else self._runs + 1
+    def _when(self) -> str:
+        """Say which run it is; of networks that run at every step, which step: each video takes the same ones."""
+        if self._role not in ("modulation", "transformer") or not self._timesteps:
+            return f"run {self._runs}"
+        step = (self._runs - 1) % len(self._timesteps)
+        return f"step {step + 1} (timestep {self._timesteps[step]})"
 
     def _check(self, did: str, name: str, values: NDArray[Any]) -> None:
         if not np.isfinite(values).all():
@@ -83,8 +94,9 @@ class FiniteSession:
         found = " and ".join(
             f"{count:,} {kind}" for count, kind in ((missing, "NaN"), (infinite, "infinite values")) if count
         )
-        when = f"run {self._runs}" if self._timestep is None else f"step {self._runs} (timestep {self._timestep})"
-        raise EngineError(f"{self._role} {did} {found} among the {values.size:,} of {name} at {when}", fix=self._fix())
+        raise EngineError(
+            f"{self._role} {did} {found} among the {values.size:,} of {name} at {self._when()}", fix=self._fix()
+        )
 
     def _fix(self) -> str:
         if self._backend.bundle.manifest.precision != "fp16":

@@ -27,7 +27,7 @@ from cvx_deploy.runtime.devices import share_out
 from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
 from cvx_deploy.runtime.noise import Generator
-from cvx_deploy.runtime.sampler import Conditions, Latents, denoise
+from cvx_deploy.runtime.sampler import Conditions, Latents, denoise, modulation_of
 from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.runtime.shapes import latent_shape, latents_header, padding
 from cvx_deploy.runtime.tokenizer import Tokenizer
@@ -152,7 +152,8 @@ def networks_needed(bundle: Bundle, request: RunRequest) -> list[tuple[str, dict
     halves = [vae.DECODER]
     needed: list[tuple[str, dict[str, int]]] = []
     if request.from_latents is None:
-        needed = [("text_encoder", {"batch": 1}), ("transformer", {"batch": 2 if request.guidance_scale > 1 else 1})]
+        guided = request.guidance_scale > 1
+        needed = [("text_encoder", {"batch": 1}), ("modulation", {}), ("transformer", {"batch": 2 if guided else 1})]
         if request.image is not None or request.video is not None:
             halves.append(vae.encoder(vae_facts))
     for half in halves:
@@ -178,6 +179,8 @@ def make_latents(
         prompt_embeds = _prompt_embeds(backend, request, progress)
     with report.stage("vae encode"):
         encoded = _encoded(backend, request, source, generators, progress)
+    with report.stage("modulation"):
+        modulation = modulation_of(backend, schedulers[0])
     with report.stage("transformer"):
         finished: dict[int, Latents] = {}
         guided = request.guidance_scale > 1
@@ -189,11 +192,11 @@ def make_latents(
                     scheduler, generator = schedulers[index], generators[index]
                     latents, image_latents = _start(backend.bundle, scheduler, generator, encoded[index], request)
                     conditions = Conditions(
+                        modulation,
                         prompt_embeds[index // request.num_videos],
                         request.guidance_scale,
                         request.dynamic_cfg,
                         image_latents,
-                        manifest.traits.ofs,
                     )
                     for step in denoise(device, session, scheduler, latents, conditions, generator):
                         latents = step.latents

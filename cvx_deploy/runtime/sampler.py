@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from cvx_deploy.runtime.noise import Generator
 from cvx_deploy.runtime.scheduler import Scheduler, dynamic_guidance_scale
 
 Latents = NDArray[np.float32]  # (B, F, C, H, W) with B = 1
+Modulation = list[NDArray[np.floating[Any]]]
+"""What the transformer's norms take at each step, each (1, rows, D)."""
 
 _OFS = 2.0  # the constant that the 1.5 image-to-video pipeline feeds
 
@@ -21,18 +24,18 @@ class Conditions:
     """What steers one video.
 
     Attributes:
+        modulation: Of each of the scheduler's steps; see `modulation_of`.
         prompt_embeds: (1, S, D) without guidance; (2, S, D) with it, the negative prompt first.
         guidance_scale: Weight of the prompt against the negative prompt; at most 1 means no guidance.
         dynamic: Whether the weight follows `dynamic_guidance_scale`.
         image_latents: (1, F, C, H, W), the scaled first frame and zeros after it, for image-to-video models.
-        ofs: Whether the transformer takes an ``ofs`` input.
     """
 
+    modulation: Modulation
     prompt_embeds: NDArray[np.float32]
     guidance_scale: float
     dynamic: bool = False
     image_latents: Latents | None = None
-    ofs: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Step:
     index: int
     timestep: int
     latents: Latents
+
+
+def modulation_of(backend: Backend, scheduler: Scheduler) -> Modulation:
+    """Run the modulation network for every step that `scheduler` will take, and let go of it."""
+    ofs = {"ofs": np.array([_OFS], np.float32)} if backend.bundle.manifest.traits.ofs else {}
+    with backend.load("modulation", {}) as session:
+        runs = (
+            session.run({"timestep": np.array([timestep], np.int64), **ofs})["modulation"]
+            for timestep in scheduler.timesteps[scheduler.start :]
+        )
+        return [backend.to_host(rows) for rows in runs]
 
 
 def denoise(
@@ -70,7 +84,11 @@ def denoise(
     steps = len(timesteps) - scheduler.start
     for index in range(scheduler.start, len(timesteps)):
         timestep = int(timesteps[index])
-        inputs = {**_inputs(latents, timestep, conditions), "encoder_hidden_states": prompt_embeds}
+        inputs = {
+            "hidden_states": _hidden_states(latents, conditions),
+            "encoder_hidden_states": prompt_embeds,
+            "modulation": conditions.modulation[index - scheduler.start],
+        }
         prediction = backend.to_host(session.run(inputs)["noise_pred"])
         if len(prediction) == 2:
             scale = conditions.guidance_scale
@@ -87,12 +105,8 @@ def denoise(
         yield Step(index, timestep, latents)
 
 
-def _inputs(latents: Latents, timestep: int, conditions: Conditions) -> dict[str, NDArray[np.generic]]:
+def _hidden_states(latents: Latents, conditions: Conditions) -> Latents:
     hidden = latents
     if conditions.image_latents is not None:
         hidden = np.concatenate([latents, conditions.image_latents], axis=2)
-    inputs: dict[str, NDArray[np.generic]] = {
-        "hidden_states": np.repeat(hidden, len(conditions.prompt_embeds), axis=0),
-        "timestep": np.array([timestep], np.int64),
-    }
-    return inputs | {"ofs": np.array([_OFS], np.float32)} if conditions.ofs else inputs
+    return np.repeat(hidden, len(conditions.prompt_embeds), axis=0)

@@ -57,9 +57,17 @@ def transformer_inputs(bundle: Bundle, batch: int) -> Arrays:
         for name in ("hidden_states", "encoder_hidden_states")
     }
     inputs["timestep"] = np.array([937], np.int64)
-    if "ofs" in specs:
+    if bundle.manifest.traits.ofs:
         inputs["ofs"] = np.array([2.0], np.float32)
     return inputs
+
+
+def exported_noise(bundle: Bundle, inputs: Arrays, batch: int) -> NDArray[Any]:
+    """Run the modulation network, and the transformer with what it puts out."""
+    step = {name: inputs[name] for name in ("timestep", "ofs") if name in inputs}
+    modulated = run(bundle, "modulation", step)
+    others = {name: array for name, array in inputs.items() if name not in step}
+    return run(bundle, "transformer", others | modulated, batch=batch)["noise_pred"]
 
 
 def eager_transformer(checkpoint: Path) -> CogVideoXTransformer3DModel:
@@ -84,7 +92,7 @@ def eager_noise(eager: CogVideoXTransformer3DModel, checkpoint: Path, shape: Sha
 
 def transformer_error(bundle: Bundle, checkpoint: Path, batch: int) -> float:
     inputs = transformer_inputs(bundle, batch)
-    found = run(bundle, "transformer", inputs, batch=batch)["noise_pred"]
+    found = exported_noise(bundle, inputs, batch)
     return relative_error(found, eager_noise(eager_transformer(checkpoint), checkpoint, bundle.shape, inputs))
 
 
