@@ -326,7 +326,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
     common = ["run", "--bundle", path, "--prompt", "a red circle", "--steps", "2", "--threads", "1"]
     outcome = cvx(*common, "--output", tmp_path / "one.npy")
     assert (outcome.code, outcome.out) == (0, f"{tmp_path}/one.npy\n")
-    stages = ["text encoder", "vae encode", "transformer", "vae decode", "write video"]
+    stages = ["text encoder", "vae encode", "modulation", "transformer", "vae decode", "write video"]
     assert [line.split("  ")[0] for line in outcome.err.splitlines()] == [*stages, "total"]  # and no bars in a file
     quiet = cvx(*common, "--output", tmp_path / "two.npy", "--json", "--quiet")
     assert quiet.err == ""

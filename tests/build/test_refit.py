@@ -115,8 +115,9 @@ def own(exported: Exported, tmp_path: Path) -> Callable[..., Bundle]:
 
 @pytest.fixture
 def base(own: Callable[..., Bundle]) -> Bundle:
-    """Return a bundle with engines of its transformer and of its text encoder."""
+    """Return a bundle with engines of its transformer, of its modulation and of its text encoder."""
     bundle = own()
+    build(bundle, Engine(weights_of(bundle, "modulation")), "modulation")
     build(bundle, Engine(weights_of(bundle), combined=[QKV]))
     build(bundle, Engine(weights_of(bundle, "text_encoder")), "text_encoder")
     return bundle
@@ -156,7 +157,9 @@ def test_a_refitted_engine_has_the_weights_of_an_export_with_the_same_adapters(
     engine = engine_of(bundle)
     assert engine.weights == weights_of(adapters.exported)
     assert engine.refittable
-    assert changed(weights_of(base), engine.weights) == 7
+    assert changed(weights_of(base), engine.weights) == 6
+    assert engine_of(bundle, "modulation").weights == weights_of(adapters.exported, "modulation")
+    assert changed(weights_of(base, "modulation"), engine_of(bundle, "modulation").weights) == 1
     assert content(base.path) == before
 
 
@@ -207,7 +210,8 @@ def test_a_refitted_bundle_is_sound_and_brings_the_other_engines(base: Bundle, a
     bundle = refitted(base, *adapters.words)
     assert not verify(bundle, SilentProgress(), quick=True).unsound
     assert engine_of(bundle, "text_encoder") == engine_of(base, "text_encoder")
-    assert sorted(record.network for record in EngineStore(bundle).records()) == ["text_encoder", "transformer"]
+    built = {record.network for record in EngineStore(bundle).records()}
+    assert built == {"modulation", "text_encoder", "transformer"}
     # What it held for another GPU was not loaded on this one.
     assert EngineStore(bundle).find("tensorrt-rtx", "transformer", {}, VERSION, ADA).key.targets == ("sm89",)
 
@@ -216,7 +220,7 @@ def test_a_refitted_bundle_is_sound_and_brings_the_other_engines(base: Bundle, a
 def test_restoring_brings_back_the_base_weights_to_the_bit(base: Bundle, adapters: Adapters) -> None:
     bundle = refitted(base, *adapters.words)
     outcome = refit(bundle, "--restore", "--json")
-    assert json.loads(outcome.out)["engines"][0]["changed_weights"] == 7
+    assert sum(engine["changed_weights"] for engine in json.loads(outcome.out)["engines"]) == 7
     restored = Bundle.open(bundle.path)
     assert engine_of(restored).weights == weights_of(base) == engine_of(base).weights
     assert restored.manifest == base.manifest
@@ -288,8 +292,13 @@ def test_every_video_size_gets_the_adapters_and_one_without_an_engine_is_named(
     style = Bundle.open(bundle.path.with_name("5b-style"))
     assert weights_of(style, "transformer_17x80x112") == weights_of(adapters.exported)
     build(bundle, Engine(weights_of(bundle)), "transformer_17x80x112")
+    build(bundle, Engine(weights_of(bundle, "modulation")), "modulation")
     assert "no engine" not in refit(bundle, "--name", "5b-style", *adapters.words).err
-    assert {record.network for record in EngineStore(style).records()} == {"transformer", "transformer_17x80x112"}
+    assert {record.network for record in EngineStore(style).records()} == {
+        "modulation",
+        "transformer",
+        "transformer_17x80x112",
+    }
     store = EngineStore(style.at(Shape(17, 80, 112)))
     assert engine_in(store.path(store.find("tensorrt-rtx", "transformer", {}, VERSION, ADA))) == engine_of(style)
 

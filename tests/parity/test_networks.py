@@ -192,6 +192,8 @@ def test_grid_expands_to_every_token() -> None:
     [
         ("text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight", lambda b, c: text_encoder_error(b, c, 1)),
         ("transformer", "transformer_blocks.1.attn1.to_k.weight", lambda b, c: transformer_error(b, c, 2)),
+        ("transformer", "transformer_blocks.1.norm2.linear.weight", lambda b, c: transformer_error(b, c, 2)),
+        ("transformer", "norm_out.linear.bias", lambda b, c: transformer_error(b, c, 2)),
         ("vae", "decoder.up_blocks.1.resnets.0.conv1.conv.weight", lambda b, c: decoder_error(b, c, 3)),
         ("vae", "encoder.mid_block.resnets.0.conv2.conv.weight", lambda b, c: encoder_error(b, c, 9)),
     ],

@@ -90,7 +90,7 @@ def test_a_run_loads_exactly_the_networks_it_says_it_needs(mini: Bundle, tmp_pat
     needed = networks_needed(bundle, request)
     assert all(need in loaded for need in needed)
     assert all(load in needed for load in loaded)
-    assert len(needed) == (6 if changes.get("vae_tiling") else 3)
+    assert len(needed) == (7 if changes.get("vae_tiling") else 4)
 
 
 def test_the_check_for_finite_numbers_is_put_around_any_engine(mini: Bundle) -> None:
@@ -140,6 +140,7 @@ def test_run_shares_its_videos_out_among_the_devices(monkeypatch: pytest.MonkeyP
     assert cvx(*common, *several, "--output", tmp_path / "two.npy").code == 0
     needed = [
         ("text_encoder", {"batch": 1}),
+        ("modulation", {}),
         ("transformer", {"batch": 2}),
         ("vae_decoder_first", {"latent_height": 6, "latent_width": 6}),
     ]

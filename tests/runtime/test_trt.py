@@ -94,11 +94,10 @@ def video(backend: Any, folder: Path, **request: Any) -> NDArray[np.float32]:
 
 def transformer_inputs(bundle: Bundle, seed: int = 0, batch: int = 1) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(seed)
-    inputs: dict[str, NDArray[Any]] = {
+    return {
         spec.name: rng.standard_normal(spec.resolve({"batch": batch})).astype(np.float32)
         for spec in bundle.network("transformer").inputs
     }
-    return inputs | {"timestep": np.array([500 + seed], np.int64)}
 
 
 def latents_for(bundle: Bundle, chunks: int, seed: int = 0) -> vae.Clip:
@@ -196,6 +195,7 @@ def test_a_capture_that_is_refused_is_noted_once_and_changes_nothing(
 
 FACTS = {
     "text_encoder": {"weights": 90_000, "activations": 5_000},
+    "modulation": {"weights": 30_000, "activations": 1_000},
     "transformer": {"weights": 80_000, "activations": 9_000},
     "vae_decoder_first": {"weights": 20_000, "activations": 40_000},
 }
@@ -220,7 +220,7 @@ def test_everything_stays_loaded_and_shares_one_block_of_activations(
         assert cuda.peak == cuda.in_use == planned
     assert np.array_equal(first, expected)
     assert np.array_equal(second, expected)
-    assert len([owner for *_, owner in cuda.calls("malloc") if owner.startswith("weights")]) == 3
+    assert len([owner for *_, owner in cuda.calls("malloc") if owner.startswith("weights")]) == len(FACTS)
     cuda.assert_clean()
 
 
@@ -351,12 +351,12 @@ def test_a_tensor_that_was_written_over_is_refused(mini: Bundle, make: Make) -> 
 def test_inputs_that_do_not_fit_are_refused(mini: Bundle, make: Make) -> None:
     inputs = transformer_inputs(mini)
     with make(mini, FakeCuda()) as backend, backend.load(*TRANSFORMER) as session:
-        with pytest.raises(EngineError, match="takes timestep as int64"):
-            session.run(inputs | {"timestep": np.array([1], np.int32)})
+        with pytest.raises(EngineError, match="takes modulation as float32"):
+            session.run(inputs | {"modulation": inputs["modulation"].astype(np.float16)})
         with pytest.raises(EngineError, match="takes hidden_states as"):
             session.run(inputs | {"hidden_states": inputs["hidden_states"][:, :1]})
-        with pytest.raises(EngineError, match="and is given timestep"):
-            session.run({"timestep": inputs["timestep"]})
+        with pytest.raises(EngineError, match="and is given modulation"):
+            session.run({"modulation": inputs["modulation"]})
 
 
 def test_a_network_is_not_run_after_its_block(mini: Bundle, make: Make) -> None:
