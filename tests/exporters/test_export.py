@@ -126,8 +126,8 @@ def test_networks_and_their_chunks_follow_from_the_frames(
     contracts_of: Contracts, name: str, frames: int, latents: int, encoder: tuple[int, ...], decoder: tuple[int, ...]
 ) -> None:
     contracts = contracts_of(name, frames)
-    assert [contract.name for contract in contracts[:2]] == ["text_encoder", "transformer"]
-    assert contracts[1].input_specs[0].shape[1] == latents
+    assert [contract.name for contract in contracts[:3]] == ["text_encoder", "modulation", "transformer"]
+    assert contracts[2].input_specs[0].shape[1] == latents
     assert chunks(contracts, "encoder") == dict(zip(ENCODER, encoder, strict=False))
     assert chunks(contracts, "decoder") == dict(zip(DECODER, decoder, strict=False))
 
@@ -161,8 +161,9 @@ def test_only_a_chunk_that_another_follows_keeps_its_state(contracts_of: Contrac
 def test_boundaries_are_types_that_numpy_has(contracts_of: Contracts, precision: Precision, state: str) -> None:
     for contract in contracts_of("5b", 17, precision):
         specs = (*contract.input_specs, *contract.output_specs)
-        assert {spec.dtype for spec in specs if "cache" not in spec.name} <= {"float32", "int64"}
-        assert {spec.dtype for spec in specs if "cache" in spec.name} <= {state}
+        handed_on = [spec for spec in specs if "cache" in spec.name or spec.name == "modulation"]
+        assert {spec.dtype for spec in specs if spec not in handed_on} <= {"float32", "int64"}
+        assert {spec.dtype for spec in handed_on} <= {state}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_shapes_of_one_bundle_share_every_graph_that_is_the_same(tiny: Tiny, tmp
     assert bundle.shapes == shapes[:2]
     vae = {"vae_encoder", "vae_encoder_next", "vae_decoder_first", "vae_decoder_next"}
     transformers = {"transformer_17x80x112", "transformer_25x48x64"}
-    assert set(bundle.manifest.networks) == {"text_encoder", *transformers, *vae}
+    assert set(bundle.manifest.networks) == {"text_encoder", "modulation", *transformers, *vae}
     for shape, name in zip(bundle.shapes, sorted(transformers), strict=True):
         assert bundle.at(shape).network("transformer") == bundle.manifest.networks[name]
         assert bundle.at(shape).network("vae_decoder_next") == bundle.manifest.networks["vae_decoder_next"]
