@@ -16,3 +16,6 @@ TF32_RELATIVE = 2e-2
 
 TF32_PSNR = 35.0
 """Least PSNR in dB of a whole fp32 video made on a GPU, for the same reason, over some steps."""
+
+HALF_ROUNDING = 2**-10
+"""Largest error of one float16 operator over its largest value: two roundings to 11 bits."""

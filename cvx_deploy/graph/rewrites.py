@@ -4,10 +4,16 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from cvx_deploy.graph.layer_norm import lean_layer_norms
+from cvx_deploy.graph.rope import rope_on_all_tokens
+
 Rewrite = Callable[[ir.Model], int]
 """Changes a graph in place, and returns in how many places."""
 
-REWRITES: dict[str, Rewrite] = {}
+REWRITES: dict[str, Rewrite] = {
+    "rope": rope_on_all_tokens,
+    "layer_norm": lean_layer_norms,
+}
 """By name, in the order in which they are applied."""
 
 

@@ -64,7 +64,7 @@ def transformer_inputs(bundle: Bundle, batch: int) -> Arrays:
 
 def exported_noise(bundle: Bundle, inputs: Arrays, batch: int) -> NDArray[Any]:
     """Run the modulation network, and the transformer with what it puts out."""
-    step = {name: inputs[name] for name in ("timestep", "ofs") if name in inputs}
+    step: Arrays = {name: inputs[name] for name in ("timestep", "ofs") if name in inputs}
     modulated = run(bundle, "modulation", step)
     others = {name: array for name, array in inputs.items() if name not in step}
     return run(bundle, "transformer", others | modulated, batch=batch)["noise_pred"]
