@@ -48,7 +48,8 @@ class Traffic:
 
     Attributes:
         nodes: Of the ONNX graph.
-        kernels: Of the engine; `block_kernels` those of one block, the mean over its blocks, 0 without blocks.
+        kernels: Of the engine that move something; `block_kernels` those of one block, the mean over its blocks, 0
+            without blocks.
         moved: Bytes that kernels of each kind read and write; `block_moved` in one block, as `block_kernels`.
         activation_bytes: Device memory for what lies between kernels.
         seconds: The build took.
@@ -108,7 +109,8 @@ def measure(bundle: Bundle, role: str, rewrites: Collection[str] | None, target:
 def traffic(plan: CompiledPlan, nodes: int, seconds: float) -> Traffic:
     """Sum up a plan: all of it, and the mean of its blocks."""
     blocks = {block for block in plan.blocks if block is not None and "transformer_blocks" in block}
-    inside = [kernel for kernel, block in zip(plan.kernels, plan.blocks, strict=True) if block in blocks]
+    working = [pair for pair in zip(plan.kernels, plan.blocks, strict=True) if pair[0].kind != "control"]
+    inside = [kernel for kernel, block in working if block in blocks]
     count = max(len(blocks), 1)
 
     def moved(kernels: Collection[Any]) -> dict[str, int]:
@@ -119,7 +121,7 @@ def traffic(plan: CompiledPlan, nodes: int, seconds: float) -> Traffic:
 
     per_block = {kind: total / count for kind, total in moved(inside).items()}
     return Traffic(
-        nodes, len(plan.kernels), len(inside) / count, moved(plan.kernels), per_block, plan.activation_bytes, seconds
+        nodes, len(working), len(inside) / count, moved(plan.kernels), per_block, plan.activation_bytes, seconds
     )
 
 
@@ -134,7 +136,7 @@ def variants(each: bool) -> Iterator[tuple[str, Collection[str] | None]]:
 
 def report(results: dict[str, dict[str, Traffic | str]], told: dict[str, Any]) -> str:
     """Lay the results out as Markdown."""
-    kinds = ("elementwise", "gemm", "attention")
+    kinds = ("elementwise", "copy", "gemm", "attention")
     lines = ["# What the rewrites do to the compiled plan", ""]
     heads = ["network", "variant", "nodes", "kernels", "kernels a block", *(f"{kind} GB a block" for kind in kinds)]
     heads += ["GB moved in all", "activations GB", "build s"]
