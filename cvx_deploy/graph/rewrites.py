@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from cvx_deploy.graph.layer_norm import lean_layer_norms
 from cvx_deploy.graph.rope import rope_on_all_tokens
+from cvx_deploy.graph.upsample import convolve_before_upsampling
 
 Rewrite = Callable[[ir.Model], int]
 """Changes a graph in place, and returns in how many places."""
@@ -13,6 +14,7 @@ Rewrite = Callable[[ir.Model], int]
 REWRITES: dict[str, Rewrite] = {
     "rope": rope_on_all_tokens,
     "layer_norm": lean_layer_norms,
+    "upsample": convolve_before_upsampling,
 }
 """By name, in the order in which they are applied."""
 
