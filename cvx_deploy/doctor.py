@@ -17,10 +17,12 @@ from cvx_deploy.bundle import MANIFEST, Bundle
 from cvx_deploy.errors import BundleError, CvxError, EngineError
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.runtime.cuda import CudaPython, Gpu
+from cvx_deploy.runtime.open import OPENVINO
 
 _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-python",
@@ -86,6 +88,7 @@ def diagnose(engines_dir: Path) -> Diagnosis:
         *_machine(engines_dir),
         *([Finding("note", "gpu", no_gpu.what, no_gpu.fix)] if no_gpu else map(_gpu_finding, gpus)),
         *_onnxruntime(),
+        _openvino(),
         *(_library_finding(kind, found) for kind, found in libraries.items()),
     ]
     here = [Platform(gpu.name, gpu.compute_capability, gpu.driver) for gpu in gpus]
@@ -150,6 +153,14 @@ def _onnxruntime() -> Iterator[Finding]:
         )
 
 
+def _openvino() -> Finding:
+    try:
+        from cvx_deploy.runtime.openvino import precisions
+    except ImportError as error:
+        return Finding("note", "openvino", f"is not installed here ({error})", OPENVINO)
+    return Finding("ok", "openvino", f"runs {', '.join(precisions())} bundles on this CPU")
+
+
 def _library(kind: Any) -> Library | EngineError:
     try:
         return load_library(kind)
@@ -183,7 +194,10 @@ def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iter
     yield Finding("ok", subject, f"{bundle.manifest.model}, {bundle.manifest.precision}, {shapes}, at {place}")
     if bundle.manifest.precision == "bf16":
         yield Finding(
-            "note", subject, "ONNX Runtime has no bf16 on the CPU", "export with --precision fp32 to run it there"
+            "note",
+            subject,
+            "ONNX Runtime has no bf16 on the CPU",
+            "use --engine openvino, or export with --precision fp32",
         )
     for library in libraries:
         yield from _engines(bundle, subject, library, gpus)

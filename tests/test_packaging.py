@@ -205,20 +205,20 @@ def declared(requirements: Iterable[str]) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
-def gpu_extras() -> set[str]:
-    """Return what the extras for GPUs install; cuda-python is a name for its parts."""
+def engine_extras() -> set[str]:
+    """Return what the extras for engines install; cuda-python is a name for its parts."""
     extras = PROJECT["optional-dependencies"]
-    names = declared(extras["tensorrt"] + extras["tensorrt-rtx"])
+    names = declared(extras["openvino"] + extras["tensorrt"] + extras["tensorrt-rtx"])
     return names | {"cuda-core", "cuda-bindings"} if "cuda-python" in names else names
 
 
 def test_runtime_imports_are_the_declared_dependencies() -> None:
-    assert imported(RUNTIME_FILES) - gpu_extras() == declared(PROJECT["dependencies"])
+    assert imported(RUNTIME_FILES) - engine_extras() == declared(PROJECT["dependencies"])
 
 
 def test_building_engines_imports_nothing_that_is_not_declared() -> None:
     assert BUILD_FILES
-    assert imported(BUILD_FILES) <= declared(PROJECT["dependencies"]) | gpu_extras()
+    assert imported(BUILD_FILES) <= declared(PROJECT["dependencies"]) | engine_extras()
 
 
 def test_export_imports_nothing_that_is_not_declared() -> None:

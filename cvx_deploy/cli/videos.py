@@ -49,7 +49,9 @@ def _devices(text: str) -> tuple[int, ...]:
     show_default=True,
     help="What runs it: the CPU, or a GPU. What the tensorrt kinds run, cvx-deploy build compiles.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of onnxruntime. Default: one a core.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads of onnxruntime and openvino. Default: one a core."
+)
 @click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs, which share the videos out. Default: 0.")
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory a tensorrt kind may use, such as 12GB.")
 @click.option("--no-cuda-graphs", is_flag=True, help="Let a tensorrt kind start its kernels one by one.")
@@ -129,6 +131,7 @@ def run(
         "seconds": {stage: round(seconds, 4) for stage, seconds in report.stages.items()},
         "shape": str(bundle.shape),
         "engine": engine,
+        "precision": bundle.manifest.precision,
         "bundle": str(path),
     }
     return values, "\n".join(str(video) for video in report.paths)

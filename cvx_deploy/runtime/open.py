@@ -5,21 +5,24 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
+from cvx_deploy.errors import EngineError
 from cvx_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from cvx_deploy.bundle import Bundle
     from cvx_deploy.runtime.backend import Backend
+    from cvx_deploy.runtime.openvino import OpenVinoBackend
     from cvx_deploy.runtime.ort import OrtBackend
     from cvx_deploy.runtime.trt import TensorRtBackend
 
-EngineName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+EngineName = Literal["onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+OPENVINO = 'pip install "cvx-deploy[openvino]"'
 
 
 def on_gpu(engine: EngineName) -> bool:
     """Whether an engine runs on a GPU, and so on one of several."""
-    return engine != "onnxruntime"
+    return engine not in ("onnxruntime", "openvino")
 
 
 def compiled(engine: EngineName) -> TypeGuard[EngineKind]:
@@ -47,7 +50,7 @@ def open_backend(
         bundle: What to run.
         needed: Role and sizes of every network that will be loaded; one without an engine is said at once.
         device: Which GPU, for the engines that run on one.
-        threads: CPU threads of ONNX Runtime; None for one a core.
+        threads: CPU threads of ONNX Runtime or OpenVINO; None for one a core.
         vram: Bytes of device memory that compiled engines may use; None for all there are.
         cuda_graphs: Whether compiled engines are launched as CUDA graphs.
         check_finite: Whether every output is searched for NaN and infinity, which is slow.
@@ -62,6 +65,8 @@ def open_backend(
             native = stack.enter_context(_tensorrt(engine, bundle, device, vram, cuda_graphs, progress))
             native.require(needed)
             backend = native
+        elif engine == "openvino":
+            backend = _openvino(bundle, threads, progress)
         else:
             backend = _onnxruntime(bundle, device if on_gpu(engine) else None, threads, progress)
         if check_finite:
@@ -80,6 +85,14 @@ def _onnxruntime(bundle: "Bundle", device: int | None, threads: int | None, prog
         check_cuda_package()
         CudaPython().gpu(device)  # says of a driver or a device that is missing what ONNX Runtime does not
     return OrtBackend(bundle, threads, progress, device)
+
+
+def _openvino(bundle: "Bundle", threads: int | None, progress: Progress | None) -> "OpenVinoBackend":
+    try:
+        from cvx_deploy.runtime.openvino import OpenVinoBackend
+    except ImportError as error:
+        raise EngineError(f"openvino is not installed here ({error})", fix=OPENVINO) from error
+    return OpenVinoBackend(bundle, threads, progress)
 
 
 def _tensorrt(

@@ -79,7 +79,7 @@ class OrtBackend:
         elif bundle.manifest.precision == "bf16":
             raise EngineError(
                 f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
-                fix="export with --precision fp32 to run it here",
+                fix="run it with --engine openvino, or export with --precision fp32",
             )
         self.bundle = bundle
         self._memory = _Memory(device)
