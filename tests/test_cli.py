@@ -335,6 +335,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
     assert values == {
         "videos": [f"{tmp_path}/two.npy"],
         "seeds": [0],
+        "cached_prompts": 0,
         "shape": "9x80x112",
         "engine": "onnxruntime",
         "bundle": str(path),

@@ -11,7 +11,7 @@ from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, reporting, sizes, which_bundle
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
-from cvx_deploy.runtime.open import ENGINES, EngineName, compiled, on_gpu, open_backend
+from cvx_deploy.runtime.open import ENGINES, EngineName, compiled, engine_version, on_gpu, open_backend
 
 
 def _devices(text: str) -> tuple[int, ...]:
@@ -55,6 +55,7 @@ def _devices(text: str) -> tuple[int, ...]:
 @click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs, which share the videos out. Default: 0.")
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory a tensorrt kind may use, such as 12GB.")
 @click.option("--no-cuda-graphs", is_flag=True, help="Let a tensorrt kind start its kernels one by one.")
+@click.option("--prompt-cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompts' embeddings here.")
 @click.option("--check-finite", is_flag=True, help="Stop at the first NaN or infinity of any network: slow.")
 @MOVED_CHECKPOINT
 @click.option(
@@ -72,6 +73,7 @@ def run(
     devices: tuple[int, ...] | None,
     vram: int | None,
     no_cuda_graphs: bool,
+    prompt_cache: Path | None,
     check_finite: bool,
     checkpoint: Path | None,
     shape: Shape | None,
@@ -97,6 +99,7 @@ def run(
     from cvx_deploy.bundle import Bundle
     from cvx_deploy.runtime.pipeline import RunRequest, networks_needed
     from cvx_deploy.runtime.pipeline import run as run_pipeline
+    from cvx_deploy.runtime.prompt_cache import PromptCache
     from cvx_deploy.runtime.shapes import Wanted, bundle_at
 
     _check_engine(engine, threads, devices, vram, no_cuda_graphs)
@@ -106,13 +109,17 @@ def run(
         bundle = bundle.with_checkpoint(checkpoint)
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
+    cache = None
+    if prompt_cache is not None:
+        cache = PromptCache(prompt_cache, bundle, engine, engine_version(engine), progress)
+    needed = networks_needed(bundle, request, cache)
     with ExitStack() as stack:
         backend, *others = (
             stack.enter_context(
                 open_backend(
                     engine,
                     bundle,
-                    needed=networks_needed(bundle, request),
+                    needed=needed,
                     device=device,
                     threads=threads,
                     vram=vram,
@@ -123,12 +130,13 @@ def run(
             )
             for device in devices or (0,)
         )
-        report = run_pipeline(backend, request, progress, others)
+        report = run_pipeline(backend, request, progress, others, cache)
     progress.note(_time_table(report.stages))
     values = {
         "videos": [str(video) for video in report.paths],
         "seeds": report.seeds,
         "seconds": {stage: round(seconds, 4) for stage, seconds in report.stages.items()},
+        "cached_prompts": report.cached_prompts,
         "shape": str(bundle.shape),
         "engine": engine,
         "precision": bundle.manifest.precision,

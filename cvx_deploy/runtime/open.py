@@ -30,6 +30,21 @@ def compiled(engine: EngineName) -> TypeGuard[EngineKind]:
     return engine in ENGINE_KINDS
 
 
+def engine_version(engine: EngineName) -> str:
+    """Return the version of an engine's library.
+
+    Raises:
+        EngineError: It is not installed.
+    """
+    if compiled(engine):
+        from cvx_deploy.build.libraries import load_library
+
+        return load_library(engine).version
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 @contextmanager
 def open_backend(
     engine: EngineName,

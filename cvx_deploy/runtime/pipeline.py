@@ -27,10 +27,11 @@ from cvx_deploy.runtime.devices import share_out
 from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
 from cvx_deploy.runtime.noise import Generator
+from cvx_deploy.runtime.prompt_cache import PromptCache
+from cvx_deploy.runtime.prompts import embed
 from cvx_deploy.runtime.sampler import Conditions, Latents, denoise, modulation_of
 from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.runtime.shapes import latent_shape, latents_header, padding
-from cvx_deploy.runtime.tokenizer import Tokenizer
 from cvx_deploy.runtime.video import check_file_place, check_writable, open_writer
 
 
@@ -101,11 +102,13 @@ class RunReport:
         paths: The finished videos.
         seeds: One a video.
         stages: Seconds of each stage, in order.
+        cached_prompts: How many texts' embeddings came from the prompt cache.
     """
 
     paths: list[Path] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
+    cached_prompts: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -118,7 +121,11 @@ class RunReport:
 
 
 def run(
-    backend: Backend, request: RunRequest, progress: Progress | None = None, others: Sequence[Backend] = ()
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress | None = None,
+    others: Sequence[Backend] = (),
+    prompt_cache: PromptCache | None = None,
 ) -> RunReport:
     """Make the videos that `request` asks for.
 
@@ -127,6 +134,7 @@ def run(
         request: What to make.
         progress: Told what goes on.
         others: More devices, which denoise their share of the videos; the result is that of one.
+        prompt_cache: Embeddings of earlier runs, and where this one's are kept.
 
     Raises:
         CvxError: Of every kind, each before any hours of work where it can be known then.
@@ -139,21 +147,25 @@ def run(
     if request.from_latents is not None:
         latents = _read_latents(request.from_latents, backend.bundle)
     else:
-        latents = make_latents(backend, request, progress, report, others)
+        latents = make_latents(backend, request, progress, report, others, prompt_cache)
     if request.save_latents is not None:
         _write_latents(request.save_latents, latents)
     _decode(backend, request, latents, progress, report)
     return report
 
 
-def networks_needed(bundle: Bundle, request: RunRequest) -> list[tuple[str, dict[str, int]]]:
+def networks_needed(
+    bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None
+) -> list[tuple[str, dict[str, int]]]:
     """Return the role and the sizes of every network that a run loads, so that one that is missing is known at once."""
     vae_facts, shape = bundle.manifest.vae, bundle.shape
     halves = [vae.DECODER]
     needed: list[tuple[str, dict[str, int]]] = []
     if request.from_latents is None:
-        guided = request.guidance_scale > 1
-        needed = [("text_encoder", {"batch": 1}), ("modulation", {}), ("transformer", {"batch": 2 if guided else 1})]
+        texts = _texts(request)
+        if prompt_cache is None or len(prompt_cache.read(texts)) < len(texts):
+            needed.append(("text_encoder", {"batch": 1}))
+        needed += [("modulation", {}), ("transformer", {"batch": 2 if request.guidance_scale > 1 else 1})]
         if request.image is not None or request.video is not None:
             halves.append(vae.encoder(vae_facts))
     for half in halves:
@@ -166,7 +178,12 @@ def networks_needed(bundle: Bundle, request: RunRequest) -> list[tuple[str, dict
 
 
 def make_latents(
-    backend: Backend, request: RunRequest, progress: Progress, report: RunReport, others: Sequence[Backend] = ()
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress,
+    report: RunReport,
+    others: Sequence[Backend] = (),
+    prompt_cache: PromptCache | None = None,
 ) -> Latents:
     """Return the finished latents of every video, unpadded: (videos, F, C, H, W)."""
     manifest = backend.bundle.manifest
@@ -176,7 +193,7 @@ def make_latents(
     schedulers = [_scheduler(manifest, request) for _ in generators]
     source = _source_pixels(backend.bundle.shape, request, progress)
     with report.stage("text encoder"):
-        prompt_embeds = _prompt_embeds(backend, request, progress)
+        prompt_embeds = _prompt_embeds(backend, request, prompt_cache, progress, report)
     with report.stage("vae encode"):
         encoded = _encoded(backend, request, source, generators, progress)
     with report.stage("modulation"):
@@ -275,27 +292,19 @@ def _source_pixels(shape: Shape, request: RunRequest, progress: Progress) -> vae
     return clip.pixels
 
 
-def _prompt_embeds(backend: Backend, request: RunRequest, progress: Progress) -> list[NDArray[np.float32]]:
-    """Return for every prompt (1, S, D), or with guidance (2, S, D), negative first; each text is run once."""
-    bundle = backend.bundle
-    tokenizer = Tokenizer(bundle.inside(bundle.manifest.tokenizer.path), bundle.manifest.text_length)
+def _texts(request: RunRequest) -> list[str]:
+    """Return what is to be encoded, each text once: with guidance the negative prompt, too."""
     guided = request.guidance_scale > 1
-    texts = dict.fromkeys((*((request.negative_prompt,) if guided else ()), *request.prompts))
-    embeds: dict[str, NDArray[np.float32]] = {}
-    with (
-        progress.task("encode prompts", len(texts)) as advance,
-        backend.load("text_encoder", {"batch": 1}) as session,
-    ):
-        for text in texts:
-            tokens = tokenizer.encode(text)
-            if tokens.cut:
-                progress.note(
-                    f"warning: the prompt is longer than {tokenizer.max_length} tokens; this part was cut: {tokens.cut}"
-                )
-            embeds[text] = backend.to_host(session.run({"input_ids": tokens.ids})["prompt_embeds"])
-            advance(1)
-    negative = [embeds[request.negative_prompt]] if guided else []
-    return [np.concatenate([*negative, embeds[prompt]]) for prompt in request.prompts]
+    return list(dict.fromkeys((*((request.negative_prompt,) if guided else ()), *request.prompts)))
+
+
+def _prompt_embeds(
+    backend: Backend, request: RunRequest, cache: PromptCache | None, progress: Progress, report: RunReport
+) -> list[NDArray[np.float32]]:
+    """Return for every prompt (1, S, D), or with guidance (2, S, D), negative first."""
+    embeddings, report.cached_prompts = embed(backend, _texts(request), cache, progress)
+    negative = [embeddings[request.negative_prompt]] if request.guidance_scale > 1 else []
+    return [np.stack([*negative, embeddings[prompt]]) for prompt in request.prompts]
 
 
 def _encoded(
