@@ -8,16 +8,14 @@ run, the engines are removed. Each network is built once, in a process of its ow
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from report import conditions, write
 
 from cvx_deploy.build.memory import build_memory
 from cvx_deploy.build.plan_report import describe_plan
@@ -93,28 +91,23 @@ def bundle_of(model: str, work: Path) -> Path:
     return bundle
 
 
-def conditions(model: str, target: str, batch: str, note: str) -> dict[str, Any]:
+def conditions_of(model: str, target: str, batch: str, note: str) -> dict[str, Any]:
     """Say what the figures were taken on."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
-        "note": note,
-        "versions": {tool: version(tool) for tool in TOOLS},
-        "model": model,
-        "shape": f"{MODELS[model].frames}x{MODELS[model].height}x{MODELS[model].width}",
-        "precision": PRECISIONS[MODELS[model].dtype],
-        "batch": batch,
-        "target": target,
-        "gpu": "none: compiled ahead of time, not run",
-        "runs": 1,
-    }
+    return conditions(
+        TOOLS,
+        note,
+        model=model,
+        shape=f"{MODELS[model].frames}x{MODELS[model].height}x{MODELS[model].width}",
+        precision=PRECISIONS[MODELS[model].dtype],
+        batch=batch,
+        target=target,
+        gpu="none: compiled ahead of time, not run",
+        runs=1,
+    )
 
 
-def report(costs: dict[str, Cost], told: dict[str, Any]) -> str:
-    """Lay the results out as Markdown."""
+def table(costs: dict[str, Cost]) -> list[str]:
+    """Lay the results out as lines of Markdown."""
     lines = ["# Builds at the published size, without a GPU", ""]
     heads = ("network", "seconds", "peak memory", "not mapped", "predicted", "engine", "fused attention", "kernels")
     lines.append(f"| {' | '.join((*heads, 'activations'))} |")
@@ -128,8 +121,7 @@ def report(costs: dict[str, Cost], told: dict[str, Any]) -> str:
             f"| {name} | {cost.seconds:.0f} | {peak} | {private} | {predicted} "
             f"| {cost.engine_bytes / 1e9:.2f} GB | {fused} | {cost.kernels} | {active} |"
         )
-    lines += ["", "Conditions:", "", "```json", json.dumps(told, indent=2), "```", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -144,16 +136,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "build")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    told = conditions(arguments.model, arguments.target, arguments.batch, arguments.note)
+    told = conditions_of(arguments.model, arguments.target, arguments.batch, arguments.note)
     bundle = bundle_of(arguments.model, arguments.work)
     costs: dict[str, Cost] = {}
     for network in arguments.networks or Bundle.open(bundle).manifest.networks:
         costs[network] = measure(bundle, network, arguments.target, arguments.batch)
         shutil.rmtree(bundle / "engines")
         # After each network, so that what is measured is kept.
-        content = {"conditions": told, "networks": {name: asdict(cost) for name, cost in costs.items()}}
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-        arguments.output.with_suffix(".md").write_text(report(costs, told))
+        networks = {name: asdict(cost) for name, cost in costs.items()}
+        write(arguments.output, told, {"networks": networks}, table(costs))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ plain `torch.onnx.export` takes a 5b transformer of 1 and of 3 blocks, which sho
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -18,8 +17,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
+
+from report import conditions, write
 
 from cvx_deploy.models import MODELS
 
@@ -167,26 +167,8 @@ def measure_plain(work: Path) -> PlainCost:
     return PlainCost({str(depth): one for depth, one in measured.items()}, Measured(**whole))
 
 
-def conditions(runs: int, note: str) -> dict[str, object]:
-    """Say what the figures were taken on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_bytes": memory,
-        "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        "versions": {tool: version(tool) for tool in TOOLS},
-        "runs": runs,
-        "note": note,
-        "precision": "fp32",
-        "checkpoints": "random weights, seed 0, with SHA256SUMS; shapes are each model's default",
-    }
-
-
-def report(results: dict[str, ModelCost], plain: PlainCost | None, told: dict[str, object]) -> str:
-    """Lay the results out as Markdown."""
+def table(results: dict[str, ModelCost], plain: PlainCost | None) -> list[str]:
+    """Lay the results out as lines of Markdown."""
     lines = [
         "# Exports at the published sizes",
         "",
@@ -215,8 +197,7 @@ def report(results: dict[str, ModelCost], plain: PlainCost | None, told: dict[st
                 f"| {blocks} | {one.seconds:.0f} | {one.peak_bytes / 2**30:.1f} GiB "
                 f"| {one.written_bytes / 1e9:.1f} GB |"
             )
-    lines += ["", "Conditions:", "", "```json", json.dumps(told, indent=2), "```", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -230,20 +211,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "export")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    told = conditions(arguments.runs, arguments.note)
+    checkpoints = "random weights, seed 0, with SHA256SUMS; shapes are each model's default"
+    told = conditions(TOOLS, arguments.note, runs=arguments.runs, precision="fp32", checkpoints=checkpoints)
     plain = None if arguments.no_plain else measure_plain(arguments.work)
     results: dict[str, ModelCost] = {}
     for name in arguments.models:
         results[name] = measure_model(name, arguments.work, arguments.runs)
         content = {
-            "conditions": told,
             "models": {model: asdict(cost) for model, cost in results.items()},
             "plain": None if plain is None else asdict(plain),
         }
         # After each model, so that what is measured is kept.
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-        arguments.output.with_suffix(".md").write_text(report(results, plain, told))
+        write(arguments.output, told, content, table(results, plain))
 
 
 if __name__ == "__main__":
