@@ -1,11 +1,14 @@
-"""Common GPUs: what they can compute and move at most, from their makers' papers.
+"""Common GPUs: what they can compute and move at most.
+
+The figures were entered from memory of the makers' papers and data sheets and are unverified: nobody has held them
+against those papers, or against a measurement. Check the row of a GPU before a decision hangs on it.
 
 Peaks are dense (without 2:4 sparsity) at boost clock, in TFLOP/s, and for half types and fp8 those with float32
-accumulation, which GeForce cards run at half the rate. Sources, all NVIDIA: the architecture papers of Turing T4
-(2018), Ampere A100 (2020), Ampere GA102 (2021), Ada (2023), Hopper H100 (2023), RTX Blackwell (2025) and RTX PRO
-Blackwell (2025), and the data sheets of A10G's sibling A10, H200, L4, L40S and RTX 6000 Ada. Where a paper lists only
-the larger cards of a family, figures follow from cores, clock and the family's rate. Cloud and board makers may clock
-lower; no kernel reaches a peak.
+accumulation, which GeForce cards run at half the rate. The papers, all NVIDIA's: the architectures Turing T4 (2018),
+Ampere A100 (2020), Ampere GA102 (2021), Ada (2023), Hopper H100 (2023), RTX Blackwell (2025) and RTX PRO Blackwell
+(2025), and the data sheets of A10G's sibling A10, H200, L4, L40S and RTX 6000 Ada. Where a paper lists only the larger
+cards of a family, figures follow from cores, clock and the family's rate. Cloud and board makers may clock lower; no
+kernel reaches a peak.
 """
 
 import difflib
