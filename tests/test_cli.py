@@ -338,6 +338,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
         "cached_prompts": 0,
         "shape": "9x80x112",
         "engine": "onnxruntime",
+        "precision": "fp32",
         "bundle": str(path),
     }
     assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))

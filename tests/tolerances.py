@@ -5,6 +5,9 @@ from cvx_deploy.exporters.contract import NetworkContract
 NETWORK_RELATIVE = NetworkContract.ATOL_FOR_VALIDATION
 """Largest error of one fp32 network over its largest value; every contract states it."""
 
+BF16_RELATIVE = 5e-2
+"""Largest error of one bf16 network over its largest value: 8 bits a product, over tens of layers."""
+
 PIXELS_ABSOLUTE = 1e-3
 """Largest error of a pixel in [0, 1] after a whole fp32 pipeline: a quarter of an 8-bit step."""
 
