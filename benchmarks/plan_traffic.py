@@ -8,20 +8,16 @@ compiled ahead of time by TensorRT for RTX at the published size, from the strai
 """
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from report import conditions, write
 
 from cvx_deploy.build.build import BuildRequest, build
 from cvx_deploy.build.libraries import load_library
@@ -134,35 +130,27 @@ def variants(each: bool) -> Iterator[tuple[str, Collection[str] | None]]:
             yield f"all but {left_out}", [name for name in REWRITES if name != left_out]
 
 
-def report(results: dict[str, dict[str, Traffic | str]], told: dict[str, Any]) -> str:
+def lines(results: dict[str, dict[str, Traffic | str]]) -> Iterator[str]:
     """Lay the results out as Markdown."""
     kinds = ("elementwise", "copy", "gemm", "attention")
-    lines = ["# What the rewrites do to the compiled plan", ""]
+    yield from ("# What the rewrites do to the compiled plan", "")
     heads = ["network", "variant", "nodes", "kernels", "kernels a block", *(f"{kind} GB a block" for kind in kinds)]
     heads += ["GB moved in all", "activations GB", "build s"]
-    lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    yield f"| {' | '.join(heads)} |"
+    yield "| --- " * len(heads) + "|"
     for network, found in results.items():
         for variant, one in found.items():
-            if isinstance(one, str):
-                lines.append(f"| {network} | {variant} | {one} |" + " |" * (len(heads) - 3))
-                continue
-            block = [f"{one.block_moved.get(kind, 0) / 1e9:.2f}" if one.block_kernels else "" for kind in kinds]
-            cells = [network, variant, str(one.nodes), str(one.kernels)]
-            cells += [f"{one.block_kernels:.1f}" if one.block_kernels else "", *block]
-            active = "unknown" if one.activation_bytes is None else f"{one.activation_bytes / 1e9:.2f}"
-            lines.append(
-                f"| {' | '.join([*cells, f'{sum(one.moved.values()) / 1e9:.2f}', active, f'{one.seconds:.0f}'])} |"
-            )
-    lines += [
-        "",
-        "A block is one of the transformer's. Conditions:",
-        "",
-        "```json",
-        json.dumps(told, indent=2),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+            cells = [one] if isinstance(one, str) else _cells(one, kinds)
+            yield f"| {' | '.join([network, variant, *cells, *[''] * (len(heads) - 2 - len(cells))])} |"
+    yield from ("", "A block is one of the transformer's. Kernels that move nothing are not counted.")
+
+
+def _cells(one: Traffic, kinds: tuple[str, ...]) -> list[str]:
+    block = [f"{one.block_moved.get(kind, 0) / 1e9:.2f}" if one.block_kernels else "" for kind in kinds]
+    per_block = f"{one.block_kernels:.1f}" if one.block_kernels else ""
+    active = "unknown" if one.activation_bytes is None else f"{one.activation_bytes / 1e9:.2f}"
+    moved = f"{sum(one.moved.values()) / 1e9:.2f}"
+    return [str(one.nodes), str(one.kernels), per_block, *block, moved, active, f"{one.seconds:.0f}"]
 
 
 def main() -> None:
@@ -176,17 +164,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan_traffic")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    told = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU: compiled ahead of time, not run",
-        "versions": {tool: version(tool) for tool in TOOLS},
-        "target": arguments.target,
-        "models": {
-            name: f"{entry.frames}x{entry.height}x{entry.width}, {PRECISIONS[entry.dtype]}, batch 2, two blocks"
-            for name, entry in MODELS.items()
-            if name in arguments.model
-        },
+    shapes = {
+        name: f"{entry.frames}x{entry.height}x{entry.width}, {PRECISIONS[entry.dtype]}, batch 2, two blocks"
+        for name, entry in MODELS.items()
+        if name in arguments.model
     }
+    told = conditions(TOOLS, "compiled ahead of time without a GPU, not run", target=arguments.target, models=shapes)
     results: dict[str, dict[str, Traffic | str]] = {}
     for model in arguments.model:
         bundle = bundle_of(model, arguments.work)
@@ -203,9 +186,7 @@ def main() -> None:
                     network: {key: one if isinstance(one, str) else asdict(one) for key, one in its.items()}
                     for network, its in results.items()
                 }
-                content = {"conditions": told, "networks": plain}
-                arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-                arguments.output.with_suffix(".md").write_text(report(results, told))
+                write(arguments.output, told, {"networks": plain}, lines(results))
 
 
 if __name__ == "__main__":

@@ -22,3 +22,6 @@ TF32_PSNR = 35.0
 
 HALF_ROUNDING = 2**-10
 """Largest error of one float16 operator over its largest value: two roundings to 11 bits."""
+
+REWRITE_RELATIVE = {"fp32": 1e-6, "fp16": 5e-3}
+"""Largest difference a rewrite makes over the largest value: sums in another order; in fp16 a network's roundings."""
