@@ -1,218 +1,347 @@
-"""Measure networks of the published width on a CPU: our engines against eager diffusers and torch.compile.
+"""Measure networks on a CPU: ours against eager diffusers, torch.compile and the plain export, in interleaved rounds.
 
-    python benchmarks/cpu.py --work DIR [--cases transformer-2k vae text] [--pairs 5]
+    python benchmarks/cpu.py --work DIR [--cases transformer-2k ...] [--peers eager-fp32 ...] [--runs N]
 
-A checkpoint of the 5B's width and two transformer blocks is made in `DIR` (3 GB) and kept, and exported three times: in
-fp32, in bf16, and in fp32 without graph rewrites. Every peer runs the same inputs in turn, round after round, and each
-round gives one ratio to eager fp32. Each case is kept as it ends; a case that is in the results is not run again.
+`DIR` keeps the checkpoint (published 5b width, two blocks, random weights) and the bundles. Each case runs in a process
+of its own; within it, every round runs each peer once, so that what disturbs the machine disturbs all of them. Ratios are
+taken within a round. A case that is done is kept, and not run again unless `--again` is given.
 """
 
 import argparse
-import contextlib
+import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from numpy.typing import NDArray
-from report import conditions, write
-from transformers import T5EncoderModel
+from report import conditions
 
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-from cvx_deploy.exporters.transformer import TransformerContract
+from cvx_deploy.bundle import Bundle, Precision
 from cvx_deploy.models import Shape
 from cvx_deploy.runtime.open import EngineName, open_backend
 
-Arrays = dict[str, NDArray[Any]]
-Peer = Callable[[], NDArray[Any]]
+Run = Callable[[], NDArray[Any]]
+TOOLS = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
+REFERENCE = "eager-fp32"
+SEED = 0
+PROMPT = "a red circle moves to the right"
 
-TOOLS = ("torch", "diffusers", "transformers", "onnxruntime", "openvino")
-SHAPES = {"transformer-2k": Shape(9, 384, 400), "transformer-8k": Shape(33, 480, 448)}
+
+@dataclass(frozen=True)
+class Case:
+    """What is run.
+
+    Attributes:
+        role: Which network of the bundle.
+        shape: The video it is exported for.
+        plane: Height and width of the VAE's latents.
+    """
+
+    role: str
+    shape: Shape
+    plane: tuple[int, int] = (12, 16)
+
+
 CASES = {
-    "transformer-2k": "two blocks, 2,026 tokens, batch 1",
-    "transformer-8k": "two blocks, 7,786 tokens, batch 1",
-    "vae": "the decoder's first chunk, 3 latent frames of 12x16",
-    "text": "T5, two layers, 226 tokens, batch 1",
+    "transformer-2k": Case("transformer", Shape(9, 384, 384)),  # 226 + 1,728 tokens
+    "transformer-8k": Case("transformer", Shape(17, 624, 640)),  # 226 + 7,800 tokens
+    "vae-decoder": Case("vae_decoder_first", Shape(9, 96, 128)),
+    "text-encoder": Case("text_encoder", Shape(9, 96, 128)),
 }
-BUNDLES: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"precision": "bf16"},
-    "plain": {"rewrites": ()},
+MINIATURE = "miniature"
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A peer that runs a bundle: on which engine, in which precision, with the rewrites or without."""
+
+    engine: EngineName
+    precision: Precision
+    rewrites: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Eager:
+    """A peer that runs diffusers' and transformers' modules."""
+
+    dtype: str
+    compiled: bool = False
+
+
+PEERS: dict[str, Ours | Eager] = {
+    REFERENCE: Eager("float32"),
+    "eager-bf16": Eager("bfloat16"),
+    "compile-fp32": Eager("float32", compiled=True),
+    "compile-bf16": Eager("bfloat16", compiled=True),
+    "onnxruntime-plain-fp32": Ours("onnxruntime", "fp32", rewrites=()),
+    "onnxruntime-fp32": Ours("onnxruntime", "fp32"),
+    "openvino-plain-fp32": Ours("openvino", "fp32", rewrites=()),
+    "openvino-fp32": Ours("openvino", "fp32"),
+    "openvino-bf16": Ours("openvino", "bf16"),
 }
-ENGINES: dict[str, tuple[EngineName, str]] = {
-    "ONNX Runtime fp32": ("onnxruntime", "fp32"),
-    "ONNX Runtime fp32, no rewrites": ("onnxruntime", "plain"),
-    "OpenVINO fp32": ("openvino", "fp32"),
-    "OpenVINO fp32, no rewrites": ("openvino", "plain"),
-    "OpenVINO bf16": ("openvino", "bf16"),
-}
-BASELINE = "eager fp32"
 
 
-def bundles_in(work: Path) -> dict[str, Bundle]:
-    """Return the bundles, made in `work` unless they are there."""
-    checkpoint = work / "5b-wide"
-    if not checkpoint.exists():
-        made = [sys.executable, "-m", "cvx_deploy", "synth", "--like", "5b", "--scale", "wide", "--quiet", "--output"]
-        subprocess.run([*made, str(checkpoint)], check=True)
-    found = {}
-    for name, changes in BUNDLES.items():
-        path = work / f"cpu-{name}"
-        if not path.exists():
-            request = ExportRequest(model="5b", checkpoint=checkpoint, shapes=tuple(SHAPES.values()), **changes)
-            bundle_from_checkpoint(request, path)
-        found[name] = Bundle.open(path)
-    return found
+@dataclass(frozen=True)
+class Timing:
+    """What one peer took.
+
+    Attributes:
+        seconds: Of each round after the warm-up.
+        load_seconds: From nothing to the first result.
+        speedup: Median over the rounds of the reference's seconds over its own, then the least and the most.
+        error: L2 distance of its result from the reference's, over the length of that.
+    """
+
+    seconds: list[float]
+    load_seconds: float
+    speedup: tuple[float, float, float]
+    error: float
 
 
-def inputs_of(bundle: Bundle, role: str, sizes: dict[str, int]) -> Arrays:
-    """Return seeded inputs of a network: normal, integers below 1,000, and a small modulation."""
-    rng = np.random.default_rng(0)
-    inputs: Arrays = {}
-    for spec in bundle.network(role).inputs:
+def make_checkpoint(work: Path) -> Path:
+    """Return a checkpoint of the published 5b width in two blocks."""
+    place = work / "5b-wide"
+    if not place.exists():
+        command = [sys.executable, "-m", "cvx_deploy", "synth", "--like", "5b", "--scale", "wide", "--output", place]
+        subprocess.run([*map(str, command), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    return place
+
+
+def make_bundle(work: Path, case: Case, peer: Ours) -> Bundle:
+    """Return the bundle a peer runs; in a new work folder only, for the graphs may have changed since."""
+    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+
+    place = work / f"{case.shape}-{peer.precision}{'-plain' if peer.rewrites == () else ''}"
+    if not place.exists():
+        request = ExportRequest(
+            "5b", make_checkpoint(work), shapes=(case.shape,), precision=peer.precision, rewrites=peer.rewrites
+        )
+        bundle_from_checkpoint(request, place)
+    return Bundle.open(place)
+
+
+def inputs_of(bundle: Bundle, case: Case) -> dict[str, NDArray[Any]]:
+    """Return a network's inputs; what another network of the bundle puts out, such as the modulation, is left out."""
+    rng = np.random.default_rng(SEED)
+    sizes = {"batch": 1, "latent_height": case.plane[0], "latent_width": case.plane[1]}
+    inputs: dict[str, NDArray[Any]] = {}
+    for spec in bundle.network(case.role).inputs:
         shape = spec.resolve(sizes)
-        if spec.dtype == "int64":
-            inputs[spec.name] = rng.integers(0, 1000, shape)
-        else:
-            inputs[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-    return inputs
+        whole = spec.dtype == "int64"
+        inputs[spec.name] = rng.integers(0, 200, shape) if whole else rng.standard_normal(shape).astype(spec.dtype)
+    return inputs | {name: np.array([937], np.int64) for name in inputs if name == "timestep"}
 
 
-@contextlib.contextmanager
-def our_peer(engine: EngineName, bundle: Bundle, role: str, sizes: dict[str, int], inputs: Arrays) -> Iterator[Peer]:
-    """Load a network on an engine; of the transformer, the modulation is part of the run, as it is of eager's."""
-    name = bundle.network(role).outputs[0].name
-    with open_backend(engine, bundle) as backend, contextlib.ExitStack() as stack:
-        modulation = stack.enter_context(backend.load("modulation", {})) if role == "transformer" else None
-        session = stack.enter_context(backend.load(role, sizes))
-
-        def run() -> NDArray[Any]:
-            given = dict(inputs)
-            if modulation is not None:
-                given["modulation"] = backend.to_host(modulation.run({"timestep": given.pop("timestep")})["modulation"])
-            return backend.to_host(session.run(given)[name])
-
-        yield run
+def ours(stack: ExitStack, work: Path, case: Case, peer: Ours) -> Run:
+    """Load a bundle's network, and return what runs it once; `stack` lets go of it."""
+    bundle = make_bundle(work, case, peer)
+    backend = stack.enter_context(open_backend(peer.engine, bundle))
+    inputs = inputs_of(bundle, case)
+    if "modulation" in inputs:
+        with backend.load("modulation", {}) as step:
+            made = step.run({"timestep": np.array([937], np.int64)})
+            inputs |= {name: backend.to_host(value) for name, value in made.items()}
+    sizes = {"batch": 1, "latent_height": case.plane[0], "latent_width": case.plane[1]}
+    session = stack.enter_context(backend.load(case.role, sizes))
+    first = bundle.network(case.role).outputs[0].name
+    return lambda: backend.to_host(session.run(inputs)[first])
 
 
-def eager_peer(
-    case: str, checkpoint: Path, bundle: Bundle, inputs: Arrays, dtype: torch.dtype, *, compiled: bool
-) -> Peer:
-    """Return diffusers' or transformers' own module on the same inputs."""
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    module: Any
-    arguments: dict[str, Any]
-    if case == "vae":
-        vae: Any = AutoencoderKLCogVideoX.from_pretrained(checkpoint / "vae", torch_dtype=dtype)
-        module, arguments = vae.decoder, {"sample": tensors["latents"].to(dtype)}
-    elif case == "text":
-        module = T5EncoderModel.from_pretrained(checkpoint / "text_encoder", dtype=dtype)
-        arguments = {"input_ids": tensors["input_ids"]}
-    else:
-        module = CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype)
-        contract = TransformerContract(dict(module.config), "fp32", bundle.shape, 8, 4)
-        constants = contract.constants()
-        tables = (_whole(constants, name, contract.tokens) for name in ("cos", "sin"))
-        arguments = {
-            "hidden_states": tensors["hidden_states"].to(dtype),
-            "encoder_hidden_states": tensors["encoder_hidden_states"].to(dtype),
-            "timestep": tensors["timestep"],
-            "image_rotary_emb": tuple(tables),
-            "return_dict": False,
-        }
-    module = torch.compile(module.eval()) if compiled else module.eval()
+def eager(work: Path, case: Case, peer: Eager) -> Run:
+    """Load a network as diffusers or transformers does, and return what runs it once."""
+    import torch
+
+    dtype: Any = getattr(torch, peer.dtype)
+    checkpoint = make_checkpoint(work)
+    inputs = inputs_of(make_bundle(work, case, Ours("onnxruntime", "fp32")), case)
+    call = EAGER[case.role](checkpoint, case, {name: torch.from_numpy(array) for name, array in inputs.items()}, dtype)
+    forward = torch.compile(call) if peer.compiled else call
 
     def run() -> NDArray[Any]:
         with torch.no_grad():
-            return module(**arguments)[0].float().numpy()
+            result: NDArray[Any] = forward().float().numpy()
+        return result
 
     return run
 
 
-def _whole(constants: Arrays, name: str, tokens: tuple[int, int, int]) -> torch.Tensor:
-    """Return a rotary table over all video tokens from its three axes."""
-    views = [(tokens[0], 1, 1, -1), (1, tokens[1], 1, -1), (1, 1, tokens[2], -1)]
-    axes = [constants[f"{name}.{axis}"].reshape(view) for axis, view in zip("thw", views, strict=True)]
-    whole = np.concatenate([np.broadcast_to(axis, (*tokens, axis.shape[-1])) for axis in axes], axis=-1)
-    return torch.from_numpy(np.ascontiguousarray(whole.reshape(-1, whole.shape[-1])))
+def eager_transformer(checkpoint: Path, case: Case, inputs: dict[str, Any], dtype: Any) -> Callable[[], Any]:
+    """Return diffusers' transformer, with the rotary table its pipeline makes."""
+    import torch
+    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    network = CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype).eval()
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    pipeline = CogVideoXPipeline.from_pretrained(checkpoint, transformer=network, **parts)
+    hidden, text = inputs["hidden_states"].to(dtype), inputs["encoder_hidden_states"].to(dtype)
+    rotary = pipeline._prepare_rotary_positional_embeddings(
+        case.shape.height, case.shape.width, hidden.shape[1], torch.device("cpu")
+    )
+    timestep = torch.tensor([937])
+    return lambda: network(hidden, text, timestep, image_rotary_emb=rotary, return_dict=False)[0]
 
 
-def measure(case: str, bundles: dict[str, Bundle], checkpoint: Path, pairs: int) -> dict[str, Any]:
-    """Run every peer of a case in turn; return seconds, ratios to eager fp32 and errors against it."""
-    role = {"vae": "vae_decoder_first", "text": "text_encoder"}.get(case, "transformer")
-    at = {name: bundle.at(SHAPES[case]) if case in SHAPES else bundle for name, bundle in bundles.items()}
-    sizes = {"batch": 1, "latent_height": 12, "latent_width": 16}
-    inputs = inputs_of(at["fp32"], role, sizes)
-    if role == "transformer":
-        del inputs["modulation"]
-        inputs["timestep"] = np.array([500], np.int64)
-    with contextlib.ExitStack() as stack:
-        peers: dict[str, Peer] = {
-            BASELINE: eager_peer(case, checkpoint, at["fp32"], inputs, torch.float32, compiled=False),
-            "eager bf16": eager_peer(case, checkpoint, at["fp32"], inputs, torch.bfloat16, compiled=False),
-            "torch.compile fp32": eager_peer(case, checkpoint, at["fp32"], inputs, torch.float32, compiled=True),
-        }
-        for name, (engine, bundle) in ENGINES.items():
-            peers[name] = stack.enter_context(our_peer(engine, at[bundle], role, sizes, inputs))
-        expected = peers[BASELINE]()
-        errors = {name: _error(peer(), expected) for name, peer in peers.items()}  # the warm-up too
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-        for _ in range(pairs):
-            for name, peer in peers.items():
+def eager_decoder(checkpoint: Path, case: Case, inputs: dict[str, Any], dtype: Any) -> Callable[[], Any]:
+    """Return the decoder of diffusers' VAE, on one chunk."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    network = AutoencoderKLCogVideoX.from_pretrained(checkpoint / "vae", torch_dtype=dtype).eval()
+    latents = inputs["latents"].to(dtype)
+    return lambda: network.decoder(latents)[0]
+
+
+def eager_text_encoder(checkpoint: Path, case: Case, inputs: dict[str, Any], dtype: Any) -> Callable[[], Any]:
+    """Return transformers' T5 encoder."""
+    from transformers import T5EncoderModel
+
+    network = T5EncoderModel.from_pretrained(checkpoint / "text_encoder", dtype=dtype).eval()
+    return lambda: network(inputs["input_ids"])[0]
+
+
+EAGER: dict[str, Callable[[Path, Case, dict[str, Any], Any], Callable[[], Any]]] = {
+    "transformer": eager_transformer,
+    "vae_decoder_first": eager_decoder,
+    "text_encoder": eager_text_encoder,
+}
+
+
+def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str, Timing]:
+    """Run one case on every peer in turn, round by round, after a round of warm-up that also compares results."""
+    case, loads, errors = CASES[name], dict[str, float](), dict[str, float]()
+    seconds: dict[str, list[float]] = {peer: [] for peer in peers}
+    expected: NDArray[Any] | None = None
+    with ExitStack() as stack:
+        loaded: dict[str, Run] = {}
+        for peer in peers:
+            start, what = time.perf_counter(), PEERS[peer]
+            loaded[peer] = ours(stack, work, case, what) if isinstance(what, Ours) else eager(work, case, what)
+            found = loaded[peer]().astype(np.float64)
+            loads[peer] = round(time.perf_counter() - start, 2)
+            expected = found if expected is None else expected
+            errors[peer] = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+            gc.collect()
+        for _ in range(runs):
+            for peer, run in loaded.items():
                 start = time.perf_counter()
-                peer()
-                seconds[name].append(time.perf_counter() - start)
-    return {name: {"seconds": taken, "relative_l2": errors[name]} for name, taken in seconds.items()}
+                run()
+                seconds[peer].append(round(time.perf_counter() - start, 4))
+    return {
+        peer: Timing(took, loads[peer], speedup(seconds[REFERENCE], took), errors[peer])
+        for peer, took in seconds.items()
+    }
 
 
-def _error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def measure_miniature(work: Path, runs: int) -> dict[str, Timing]:
+    """Time `cvx-deploy run` on the miniature, from shell to video, on each engine for CPUs; the first is the reference."""
+    engines: tuple[EngineName, ...] = ("onnxruntime", "openvino")
+    seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+    for _ in range(runs + 1):
+        for engine in engines:
+            command = [sys.executable, "-m", "cvx_deploy", "run", "--model", "mini", "--prompt", PROMPT, "--quiet"]
+            start = time.perf_counter()
+            subprocess.run([*command, "--engine", engine, "--output", str(work / f"{engine}.npy")], check=True)
+            seconds[engine].append(round(time.perf_counter() - start, 3))
+    videos = {engine: np.load(work / f"{engine}.npy").astype(np.float64) for engine in engines}
+    first = videos[engines[0]]
+    return {
+        engine: Timing(
+            took[1:],
+            took[0],
+            speedup(seconds[engines[0]][1:], took[1:]),
+            float(np.linalg.norm(videos[engine] - first) / np.linalg.norm(first)),
+        )
+        for engine, took in seconds.items()
+    }
 
 
-def lines(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+def speedup(reference: Sequence[float], took: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, the least and the most of a reference's seconds over another's, round by round."""
+    ratios = [theirs / mine for theirs, mine in zip(reference, took, strict=True)]
+    return round(statistics.median(ratios), 3), round(min(ratios), 3), round(max(ratios), 3)
+
+
+def told(note: str) -> dict[str, Any]:
+    """Say what the figures were taken on."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    checkpoint = "random weights, 5b at its published width, two transformer blocks, two T5 layers, the whole VAE"
+    return conditions(TOOLS, note, cpu=names[0].partition(": ")[2], seed=SEED, checkpoint=checkpoint)
+
+
+def report(results: dict[str, Any]) -> str:
     """Lay the results out as Markdown."""
-    yield "# Networks of the 5B's width on a CPU"
-    for case, peers in results.items():
-        yield from ("", f"## {case}: {CASES[case]}", "")
-        yield "| peer | median seconds | times eager fp32 | from | to | relative L2 against eager fp32 |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        base = np.array(peers[BASELINE]["seconds"])
-        for name, found in peers.items():
-            ratios = base / np.array(found["seconds"])
-            yield (
-                f"| {name} | {np.median(found['seconds']):.2f} | {np.median(ratios):.2f} | {ratios.min():.2f} "
-                f"| {ratios.max():.2f} | {found['relative_l2']:.1e} |"
+    lines = [
+        "# Networks on a CPU",
+        "",
+        "Speed-up: the first row's time over a row's, median of the rounds (least to most).",
+        "",
+    ]
+    for name, result in results.items():
+        case = CASES.get(name)
+        what = f"`{case.role}` at {case.shape}, batch 1" if case else "`cvx-deploy run --model mini`, shell to video"
+        lines += [f"## {name}", "", f"{what}, {result['runs']} rounds.", ""]
+        lines += [
+            "| peer | seconds | speed-up | relative L2 error | to the first result |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for peer, one in result["peers"].items():
+            middle, least, most = one["speedup"]
+            lines.append(
+                f"| {peer} | {statistics.median(one['seconds']):.2f} | {middle:.2f} ({least:.2f} to {most:.2f}) "
+                f"| {one['error']:.1e} | {one['load_seconds']:.1f} s |"
             )
+        lines.append("")
+    lines += ["Conditions of the first case:", "", "```json"]
+    lines += [json.dumps(next(iter(results.values()))["conditions"], indent=2), "```", ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Read the command line and measure."""
+    """Read the command line; measure each case in a process of its own, and keep what each found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder with 5 GB of room")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--pairs", type=int, default=5, help="rounds, each of which runs every peer once")
-    parser.add_argument("--again", action="store_true", help="run cases again that are in the results")
+    parser.add_argument("--work", type=Path, required=True, help="a folder with 4 GB of room")
+    every = [*CASES, MINIATURE]
+    parser.add_argument("--cases", nargs="+", choices=every, default=every)
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help=f"besides {REFERENCE}")
+    parser.add_argument("--runs", type=int, default=5, help="rounds")
+    parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
     parser.add_argument("--note", default="nothing else ran", help="what else used the machine, for the report")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    bundles = bundles_in(arguments.work)
+    peers = list(dict.fromkeys([REFERENCE, *arguments.peers]))
+    if arguments.one:
+        [name] = arguments.cases
+        mini = name == MINIATURE
+        found = (
+            measure_miniature(arguments.work, arguments.runs)
+            if mini
+            else measure(arguments.work, name, peers, arguments.runs)
+        )
+        print(json.dumps({peer: asdict(timing) for peer, timing in found.items()}))
+        return
     kept = arguments.output.with_suffix(".json")
-    results = json.loads(kept.read_text())["cases"] if kept.exists() and not arguments.again else {}
-    told = conditions(
-        TOOLS, arguments.note, rounds=arguments.pairs, seed=0, weights="random, fp32 and bf16 of the same"
-    )
-    for case in arguments.cases:
-        if case not in results:
-            results[case] = measure(case, bundles, arguments.work / "5b-wide", arguments.pairs)
-            write(arguments.output, told, {"cases": results}, lines(results))
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in arguments.cases:
+        if name in results and not arguments.again:
+            continue
+        conditions_of_case = told(arguments.note)
+        command = [sys.executable, __file__, "--one", "--work", str(arguments.work), "--cases", name]
+        command += ["--runs", str(arguments.runs), "--peers", *peers]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found_peers = json.loads(done.stdout.splitlines()[-1])
+        results[name] = {"runs": arguments.runs, "conditions": conditions_of_case, "peers": found_peers}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.output.with_suffix(".md").write_text(report(results))
 
 
 if __name__ == "__main__":
