@@ -3,8 +3,8 @@
     python benchmarks/cpu.py --work DIR [--cases transformer-2k ...] [--peers eager-fp32 ...] [--runs N]
 
 `DIR` keeps the checkpoint (published 5b width, two blocks, random weights) and the bundles. Each case runs in a process
-of its own; within it, every round runs each peer once, so that what disturbs the machine disturbs all of them. Ratios are
-taken within a round. A case that is done is kept, and not run again unless `--again` is given.
+of its own; within it, every round runs each peer once, so that what disturbs the machine disturbs all of them. Ratios
+are taken within a round. A case that is done is kept, and not run again unless `--again` is given.
 """
 
 import argparse
@@ -240,8 +240,8 @@ def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str,
 
 
 def measure_miniature(work: Path, runs: int) -> dict[str, Timing]:
-    """Time `cvx-deploy run` on the miniature, from shell to video, on each engine for CPUs; the first is the reference."""
-    engines: tuple[EngineName, ...] = ("onnxruntime", "openvino")
+    """Time `cvx-deploy run` on the miniature, from shell to video, on each engine for CPUs against the first."""
+    engines = ("onnxruntime", "openvino")
     seconds: dict[str, list[float]] = {engine: [] for engine in engines}
     for _ in range(runs + 1):
         for engine in engines:
