@@ -15,7 +15,10 @@ from cvx_deploy.progress import Progress, SilentProgress
 _CPU = "CPU"
 _HINTS: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _EXACT = frozenset({"modulation"})
-"""Networks that compute in fp32 at any precision: OpenVINO would round angles of up to 999 to 8 bits (error 0.29, not 0.004)."""
+"""Networks that compute in fp32 at any precision: OpenVINO would round angles of up to 999 to 8 bits.
+
+On a tiny 5b the relative error would be 0.29, where it is 0.004.
+"""
 _POLL_MS = 100
 
 _Weights = dict[str, NDArray[np.uint8]]
