@@ -6,12 +6,15 @@ Before::
 
 After, with the same values::
 
-    wide = cast32(x); centred = wide - ReduceMean(wide); deviation = (ReduceMean(centred * centred) + epsilon) ** 0.5
-    y = cast((cast32(-x) + mean) * (-1 / deviation) * weight + bias)
+    wide = cast32(x); mean = ReduceMean(wide); deviation = (ReduceMean((wide - mean) ** 2) + epsilon) ** 0.5
+    again = Where(deviation >= 0, x, 0)
+    y = cast((cast32(again) - mean) / deviation * weight + bias)
 
-TensorRT makes two kernels of a norm whose output is worked on further: one for the statistics, one for the rest, and
-writes what both need, x - mean, in float32 from the first to the second. Here the second starts from -x, which is exact
-in x's own type, and so takes half the bytes. Norms of float32 networks, and their fused kernels, are left alone.
+TensorRT makes two kernels of a norm whose output is worked on further, one for the statistics and one for the rest, and
+writes all that both need, x - mean, in float32 from the first to the second. A root is never below 0, so `again` is x;
+but the compiler cannot know that before the deviation is there, and so the second kernel starts from x itself, in half
+the bytes and mostly there already. (Where the deviation is NaN, so is y, as before.) Norms of float32 networks, and
+their fused kernels, are left alone.
 """
 
 import numpy as np
@@ -68,11 +71,15 @@ def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
     variance = chain.add("ReduceMean", chain.add("Mul", centred, centred, like=x), axes, like=mean)
     epsilon = chain.constant(np.float32(norm.attributes.get_float("epsilon", 1e-5)))
     deviation = chain.add("Sqrt", chain.add("Add", variance, epsilon, like=mean), like=mean)
-    scale = chain.add("Neg", chain.add("Reciprocal", deviation, like=mean), like=mean)
-    negative = chain.add("Neg", x, like=x)
-    negative.type = x.type
-    opposite = chain.add("Add", chain.add("Cast", negative, like=x, to=ir.DataType.FLOAT), mean, like=x)
-    y = chain.add("Mul", opposite, scale, like=x)
+    scale = chain.add("Reciprocal", deviation, like=mean)
+    known = chain.add("GreaterOrEqual", deviation, chain.constant(np.float32(0)), like=mean)
+    known.type = ir.TensorType(ir.DataType.BOOL)
+    zero = chain.add("Cast", chain.constant(np.float32(0)), like=mean, to=x.dtype)
+    zero.type, zero.shape = x.type, ir.Shape([])
+    again = chain.add("Where", known, x, zero, like=x)
+    again.type = x.type
+    y = chain.add("Sub", chain.add("Cast", again, like=x, to=ir.DataType.FLOAT), mean, like=x)
+    y = chain.add("Mul", y, scale, like=x)
     for op_type, parameter in zip(("Mul", "Add"), norm.inputs[1:], strict=False):
         if parameter is not None:
             y = chain.add(op_type, y, chain.add("Cast", parameter, like=parameter, to=ir.DataType.FLOAT), like=x)
