@@ -25,7 +25,8 @@ def package(checkpoint: Path, name: str, target: Path) -> Bundle:
     """
     with staged_directory(target, replace=True) as staging, tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(checkpoint, staging, dirs_exist_ok=True)
-        bundle = bundle_from_checkpoint(ExportRequest(model=name, checkpoint=staging), Path(scratch) / name)
+        request = ExportRequest(model=name, checkpoint=staging, source=f"cvx_deploy/miniatures/{name}")
+        bundle = bundle_from_checkpoint(request, Path(scratch) / name)
         manifest = bundle.manifest
         for stored in (manifest.tokenizer, *(network.file for network in manifest.networks.values())):
             shutil.copy(bundle.inside(stored.path), staging / stored.path)
