@@ -13,8 +13,14 @@ from cvx_deploy.bundle import Bundle
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.exporters.synth import synthesize
 from cvx_deploy.models import Shape
-from cvx_deploy.runtime.ort import OrtBackend
-from tests.parity.test_networks import Arrays, eager_noise, eager_transformer, relative_error, transformer_inputs
+from tests.parity.test_networks import (
+    Arrays,
+    eager_noise,
+    eager_transformer,
+    exported_noise,
+    relative_error,
+    transformer_inputs,
+)
 from tests.tolerances import NETWORK_RELATIVE
 from tests.untraced import without_tracing
 
@@ -51,9 +57,7 @@ def inputs(bundle: Bundle) -> Arrays:
 
 @pytest.fixture(scope="module")
 def noise(bundle: Bundle, inputs: Arrays) -> NDArray[np.float32]:
-    backend = OrtBackend(bundle, threads=1)  # two that wait for each other lose time where tests run side by side
-    with backend.load("transformer", {"batch": 2}) as session:
-        return backend.to_host(session.run(inputs)["noise_pred"])
+    return exported_noise(bundle, inputs, batch=2, threads=1)  # two lose time where tests run side by side
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,9 @@ def relative_error(found: NDArray[Any], expected: torch.Tensor) -> float:
     return float(np.abs(found - reference).max() / np.abs(reference).max())
 
 
-def run(bundle: Bundle, network: str, inputs: Arrays, **sizes: int) -> Arrays:
+def run(bundle: Bundle, network: str, inputs: Arrays, threads: int | None = None, **sizes: int) -> Arrays:
     """Run one network of a bundle on ONNX Runtime."""
-    backend = OrtBackend(bundle)
+    backend = OrtBackend(bundle, threads)
     with backend.load(network, sizes) as session:
         return {name: backend.to_host(value) for name, value in session.run(inputs).items()}
 
@@ -62,12 +62,12 @@ def transformer_inputs(bundle: Bundle, batch: int) -> Arrays:
     return inputs
 
 
-def exported_noise(bundle: Bundle, inputs: Arrays, batch: int) -> NDArray[Any]:
+def exported_noise(bundle: Bundle, inputs: Arrays, batch: int, threads: int | None = None) -> NDArray[Any]:
     """Run the modulation network, and the transformer with what it puts out."""
     step: Arrays = {name: inputs[name] for name in ("timestep", "ofs") if name in inputs}
-    modulated = run(bundle, "modulation", step)
+    modulated = run(bundle, "modulation", step, threads)
     others = {name: array for name, array in inputs.items() if name not in step}
-    return run(bundle, "transformer", others | modulated, batch=batch)["noise_pred"]
+    return run(bundle, "transformer", others | modulated, threads, batch=batch)["noise_pred"]
 
 
 def eager_transformer(checkpoint: Path) -> CogVideoXTransformer3DModel:
