@@ -3,6 +3,8 @@
 #   make demo    makes a video; the last line printed is its path
 #   make test    checks everything; the last line printed is pytest's
 #
+# and make report, which measures the miniature here and writes the README's table anew.
+#
 # PYTHON says which Python to use. TORCH says which PyTorch, installed first and by itself, so that a CPU build that pip
 # can find is taken before anything else asks for torch.
 
@@ -13,7 +15,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 unexport CVX_ENGINES_DIR
 
-.PHONY: demo test check clean
+.PHONY: demo test check report clean
 
 demo: engines/mini/bundle.json
 	@mkdir -p outputs
@@ -22,6 +24,9 @@ demo: engines/mini/bundle.json
 test check: $(INSTALLED)
 	@scripts/check
 
+report: $(INSTALLED)
+	$(BIN)/python benchmarks/readme.py
+
 engines/mini/bundle.json: $(INSTALLED)
 	$(BIN)/cvx-deploy export --model mini
 
@@ -29,7 +34,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: add PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install torch==$(TORCH)
-	$(BIN)/pip install -e ".[export,openvino,tensorrt-rtx,dev]"
+	$(BIN)/pip install -e ".[export,bench,openvino,tensorrt-rtx,dev]"
 	@touch $@
 
 clean:

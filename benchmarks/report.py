@@ -1,34 +1,13 @@
-"""What every benchmark says of its conditions, and how its results are written."""
+"""How every benchmark's results are written, beside their conditions."""
 
 import json
-import os
-import platform
-import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cvx_deploy.report.conditions import conditions
 
-def conditions(tools: Iterable[str], note: str, **more: Any) -> dict[str, Any]:
-    """Say what figures were taken on.
-
-    Args:
-        tools: Packages whose versions matter.
-        note: What else used the machine.
-        more: What is particular to this benchmark.
-    """
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
-        "note": note,
-        "python": platform.python_version(),
-        "versions": {tool: version(tool) for tool in tools},
-        **more,
-    }
+__all__ = ["conditions", "write"]
 
 
 def write(output: Path, told: dict[str, Any], results: dict[str, Any], lines: Iterable[str]) -> None:

@@ -30,6 +30,7 @@ COMMANDS = [
     "build",
     "refit",
     "run",
+    "bench",
     "inspect",
     "doctor",
     "verify",

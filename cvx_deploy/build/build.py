@@ -22,7 +22,7 @@ from cvx_deploy.build.engine import (
     write_engine,
 )
 from cvx_deploy.build.libraries import Library
-from cvx_deploy.build.memory import PeakMemory, require_memory, weight_bytes_of
+from cvx_deploy.build.memory import require_memory, weight_bytes_of
 from cvx_deploy.build.network import Attention, attention_layers, parsed_network
 from cvx_deploy.build.store import (
     EngineKey,
@@ -39,6 +39,7 @@ from cvx_deploy.files import require_space, sha256_of, staged_file
 from cvx_deploy.miniatures import is_packaged
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
+from cvx_deploy.report.memory import MemoryWatch
 from cvx_deploy.runtime.vae import DECODER, encoder, tile_planes
 
 _DENOISER = "transformer"
@@ -230,7 +231,7 @@ class _Compiler:
         path = store.folder / f"{job.network}-{key.digest}.engine"
         require_space(self.bundle.path, weight_bytes_of(self.bundle, job.network))
         start = time.perf_counter()
-        with PeakMemory() as memory, staged_file(path) as staging:
+        with MemoryWatch() as memory, staged_file(path) as staging:
             built, attention = self._compiled(job, key, staging)
             text = plans_to_json(compiled_plans(self.library, built.messages, staging, key.targets))
         plan = path.with_suffix(".plan.json")

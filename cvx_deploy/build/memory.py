@@ -1,7 +1,6 @@
 """How much host memory a build takes, told before it begins."""
 
 import math
-import threading
 from collections.abc import Iterable
 
 import onnx
@@ -51,35 +50,3 @@ def weight_bytes_of(bundle: Bundle, name: str) -> int:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             elements += math.prod(tensor.dims)
     return elements * itemsize
-
-
-class PeakMemory:
-    """The largest memory this process has while a block lasts, sampled ten times a second.
-
-    Attributes:
-        peak_bytes: Resident memory, mapped files included.
-        private_bytes: What cannot be dropped and read again, as mapped weights can: what the machine must have.
-    """
-
-    def __init__(self) -> None:
-        self.peak_bytes = self.private_bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while True:
-            memory = process.memory_info()
-            self.peak_bytes = max(self.peak_bytes, memory.rss)
-            # Linux counts mapped files as shared; elsewhere all that is resident counts.
-            self.private_bytes = max(self.private_bytes, memory.rss - getattr(memory, "shared", 0))
-            if self._done.wait(0.1):
-                return

@@ -17,7 +17,7 @@ def describe_plan(plan: CompiledPlan, gpu: Gpu | None = None) -> str:
     targets = f", for {', '.join(plan.targets)}" if plan.targets else ""
     lines = [f"{len(plan.kernels)} kernels{targets}, from the {plan.source}"]
     memory = {"activations": plan.activation_bytes, "weights": plan.weights_bytes}
-    known = [f"{_bytes(size)} of {name}" for name, size in memory.items() if size is not None]
+    known = [f"{size_text(size)} of {name}" for name, size in memory.items() if size is not None]
     if known:
         lines.append(f"device memory: {' and '.join(known)}")
     lines += ["", *_table(values)]
@@ -108,24 +108,25 @@ def _moved(sums: dict[str, Any], kinds: Sequence[Kind] = KINDS) -> str:
         return "-"
     if unsized == kernels:
         return "?"
-    return f"{'>' if unsized else ''}{_bytes(moved)}"
+    return f"{'>' if unsized else ''}{size_text(moved)}"
 
 
 def _time(sums: dict[str, Any]) -> str:
     left_out = sums["kernels_left_out"]
-    return "?" if left_out and not sums["seconds"] else f"{'>' if left_out else ''}{_seconds(sums['seconds'])}"
+    return "?" if left_out and not sums["seconds"] else f"{'>' if left_out else ''}{time_text(sums['seconds'])}"
 
 
 def _estimate(plan: CompiledPlan, gpu: Gpu, priced: dict[str, Any]) -> Iterator[str]:
-    parts = ", ".join(f"{kind} {_seconds(time)}" for kind, time in priced["seconds_by_kind"].items() if time)
-    yield f"an estimate from below, at {gpu.name}'s peaks and bandwidth: {_seconds(priced['seconds'])} ({parts})"
+    parts = ", ".join(f"{kind} {time_text(time)}" for kind, time in priced["seconds_by_kind"].items() if time)
+    yield f"an estimate from below, at {gpu.name}'s peaks and bandwidth: {time_text(priced['seconds'])} ({parts})"
     if priced["kernels_left_out"]:
         yield f"it leaves out {priced['kernels_left_out']} kernels whose sizes or arithmetic are not known"
     if plan.targets and gpu.compute_capability not in plan.targets:
         yield f"the plan was compiled for {', '.join(plan.targets)}; {gpu.name} is {gpu.compute_capability}"
 
 
-def _bytes(count: float) -> str:
+def size_text(count: float) -> str:
+    """Return bytes in words, three digits of them."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:  # three digits are shown
             return f"{count:.3g} {unit}"
@@ -133,7 +134,8 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _seconds(time: float) -> str:
+def time_text(time: float) -> str:
+    """Return seconds in words, three digits of them."""
     for unit in ("s", "ms"):
         if time >= 0.9995:
             return f"{time:.3g} {unit}"

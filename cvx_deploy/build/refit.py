@@ -17,13 +17,13 @@ import onnx
 from numpy.typing import NDArray
 
 from cvx_deploy.build.libraries import EngineKind, Library
-from cvx_deploy.build.memory import PeakMemory
 from cvx_deploy.build.network import mapped_weights
 from cvx_deploy.build.store import EngineKey, EngineRecord, EngineStore, Platform, plans_to_json
 from cvx_deploy.bundle import MANIFEST, Bundle, Manifest, StoredFile, may_replace
 from cvx_deploy.errors import EngineError, OutputError
 from cvx_deploy.files import place_file, require_space, sha256_of, staged_directory, staged_file
 from cvx_deploy.progress import Progress
+from cvx_deploy.report.memory import MemoryWatch
 from cvx_deploy.runtime.trt_engine import EngineLoader
 
 _DENOISER = "transformer"
@@ -198,7 +198,7 @@ def _refitted(
     changed = _changed(_graph(base, name), graph)
     require_space(bundle.path, record.file.size)
     path = store.folder / f"{name}-{key.digest}.engine"
-    with progress.task(f"refit {name}"), PeakMemory() as memory:
+    with progress.task(f"refit {name}"), MemoryWatch() as memory:
         native = loader.deserialize(EngineStore(base).path(record), name)
         _exchange(library, loader, native, name, _Weights(bundle, name, graph, progress), changed)
         content = memoryview(_serialized(library, loader, native, name))

@@ -88,7 +88,7 @@ def sizes(shape: str, default: str, *, several: bool) -> Callable[[Command], Com
 
 
 def which_bundle(command: Command) -> Command:
-    """Give a command the options that name a bundle, as one argument ``path``; `run` does without by the miniature."""
+    """Give a command the options that name a bundle, as one argument ``path``; `run` and `bench` do without them."""
     help_of_model = f"The bundle NAME in the engines folder; {' and '.join(MINIATURES)} are always there."
 
     @click.option("--model", metavar="NAME", callback=plain_name, help=help_of_model)
@@ -96,7 +96,7 @@ def which_bundle(command: Command) -> Command:
     @ENGINES_DIR
     @functools.wraps(command)
     def named(*, model: str | None, bundle: Path | None, engines_dir: Path, **options: Any) -> Any:
-        if model is None and bundle is None and "prompts" in options:
+        if model is None and bundle is None and "image" in options:
             model = "mini" if options["image"] is None else "mini-i2v"
         if (model is None) == (bundle is None):
             raise click.UsageError("name a bundle with --model NAME or --bundle DIR")

@@ -4,11 +4,9 @@ Each stage loads its networks, works for every video, and lets go of them before
 """
 
 import math
-import time
 from collections.abc import Generator as Steps
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +27,7 @@ from cvx_deploy.runtime.media import load_image, load_video
 from cvx_deploy.runtime.noise import Generator
 from cvx_deploy.runtime.prompt_cache import PromptCache
 from cvx_deploy.runtime.prompts import embed
+from cvx_deploy.runtime.run_report import RunReport
 from cvx_deploy.runtime.sampler import Conditions, Latents, denoise, modulation_of
 from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.runtime.shapes import latent_shape, latents_header, padding
@@ -92,32 +91,6 @@ class RunRequest:
             raise OutputError(f"{self.contact_sheet} is not a .png file", fix="use --contact-sheet FILE.png")
         if self.save_latents is not None and self.save_latents.absolute() == Path(self.output).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
-
-
-@dataclass
-class RunReport:
-    """What a run did.
-
-    Attributes:
-        paths: The finished videos.
-        seeds: One a video.
-        stages: Seconds of each stage, in order.
-        cached_prompts: How many texts' embeddings came from the prompt cache.
-    """
-
-    paths: list[Path] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    stages: dict[str, float] = field(default_factory=dict)
-    cached_prompts: int = 0
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
 
 def run(

@@ -14,7 +14,8 @@ from cvx_deploy.miniatures import miniature
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.runtime.devices import share_out
 from cvx_deploy.runtime.ort import OrtBackend
-from cvx_deploy.runtime.pipeline import RunReport, RunRequest, make_latents
+from cvx_deploy.runtime.pipeline import RunRequest, make_latents
+from cvx_deploy.runtime.run_report import RunReport
 from cvx_deploy.runtime.trt import TensorRtBackend
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_tensorrt import FakeStore, Networks, fake_library

@@ -14,8 +14,9 @@ from cvx_deploy.errors import OutputError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.runtime.ort import OrtBackend, OrtSession
-from cvx_deploy.runtime.pipeline import RunReport, RunRequest, make_latents, networks_needed
+from cvx_deploy.runtime.pipeline import RunRequest, make_latents, networks_needed
 from cvx_deploy.runtime.prompt_cache import PromptCache
+from cvx_deploy.runtime.run_report import RunReport
 from cvx_deploy.runtime.sampler import Latents
 from tests.command import cvx
 

@@ -1,0 +1,139 @@
+"""Commands that measure a bundle, and that tell beforehand what a model will take."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, need_extra, reporting, sizes, which_bundle
+from cvx_deploy.models import Shape
+from cvx_deploy.progress import Progress
+from cvx_deploy.report.baselines import BASELINES
+from cvx_deploy.runtime.open import ENGINES, EngineName
+
+if TYPE_CHECKING:
+    from cvx_deploy.report.results import BenchResults
+
+
+@cli.command()
+@which_bundle
+@click.option(
+    "--engine", "engines", type=click.Choice(ENGINES), multiple=True, help="Again for more. Default: onnxruntime."
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    type=click.Choice(BASELINES),
+    multiple=True,
+    help="What to measure beside it with PyTorch; again for more. Default: all that can be.",
+)
+@MOVED_CHECKPOINT
+@sizes("Which of the bundle's sizes. Default: its first.", "any", several=False)
+@click.option("--prompt", default="a red circle moves to the right", show_default=True, help="What to show.")
+@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
+@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps.")
+@click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1 turns guidance off.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the video.")
+@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds after the warm-up.")
+@click.option("--note", default="", help="What else uses the machine, for the report.")
+@click.option("--output", type=click.Path(path_type=Path), default="bench", show_default=True, metavar="DIR",
+              help="Where bench.json, bench.md and bench.html go.")  # fmt: skip
+@click.option("--compare", is_flag=True, help="Measure nothing: compare results that are there, FILES.")
+@click.option("--fail-on-regression", is_flag=True, help="With --compare: exit with 1 when something got worse.")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@reporting
+def bench(
+    path: Path,
+    engines: tuple[EngineName, ...],
+    checkpoint: Path | None,
+    output: Path,
+    compare: bool,
+    fail_on_regression: bool,
+    files: tuple[Path, ...],
+    progress: Progress,
+    **options: Any,
+) -> Result:
+    """Measure a bundle against eager PyTorch: seconds, memory, energy, sizes, and how near the pixels are.
+
+    Every peer has a process of its own, and they take turns. The results are written as JSON, as Markdown, and as one
+    HTML page that opens offline. Without --model and --bundle, the packaged miniature is measured.
+
+    \b
+    Examples:
+      cvx-deploy bench --model mini
+      cvx-deploy bench --model 5b --engine tensorrt-rtx --steps 10 --output bench/5b
+      cvx-deploy bench --compare bench/before/bench.json bench/after/bench.json
+    """
+    if compare:
+        return _compared(files, fail_on_regression)
+    if files or fail_on_regression:
+        raise click.UsageError("files and --fail-on-regression need --compare")
+    need_extra("bench", "psutil", "matplotlib")
+    from cvx_deploy.report.bench import bench as measure
+    from cvx_deploy.report.html import page
+    from cvx_deploy.report.markdown import report
+
+    results = measure(_request(path, engines or ("onnxruntime",), checkpoint, **options), progress)
+    places = _write(results, output, {"bench.md": report(results), "bench.html": page(results)})
+    return {"files": places, **_as_dict(results)}, f"{report(results, short=True)}\n" + "\n".join(places)
+
+
+def _request(
+    path: Path,
+    engines: tuple[EngineName, ...],
+    checkpoint: Path | None,
+    *,
+    baselines: tuple[Any, ...],
+    shape: Shape | None,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    runs: int,
+    note: str,
+    prompt: str,
+    **video: Any,
+) -> Any:
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.report.bench import BenchRequest
+    from cvx_deploy.runtime.pipeline import RunRequest
+    from cvx_deploy.runtime.shapes import Wanted, bundle_at
+
+    wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
+    bundle = bundle_at(Bundle.open(path), wanted, None)
+    request = RunRequest((prompt,), "video.mp4", **video)
+    return BenchRequest(bundle, engines, baselines or BASELINES, checkpoint, request, runs, note)
+
+
+def _write(results: "BenchResults", output: Path, texts: dict[str, str]) -> list[str]:
+    """Write the three forms of some results, and return where they lie."""
+    from cvx_deploy.files import staged_file
+    from cvx_deploy.report.results import write_results
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_results(results, output / "bench.json")
+    for name, text in texts.items():
+        with staged_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [str(output / name) for name in ("bench.json", *texts)]
+
+
+def _as_dict(results: "BenchResults") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(results)
+
+
+def _compared(files: tuple[Path, ...], fail: bool) -> Result:
+    """Compare results, the first with each of the others."""
+    if len(files) < 2:
+        raise click.UsageError("--compare needs two files or more: the first is what the others are compared with")
+    from cvx_deploy.report.compare import compare
+    from cvx_deploy.report.results import read_results
+
+    found = compare([(str(file), read_results(file)) for file in files])
+    values = found.as_dict()
+    if fail and found.regressions:
+        what = f"{len(found.regressions)} figures got worse: {', '.join(map(str, found.regressions))}"
+        values["error"] = {"type": "CvxError", "what": what, "fix": "see the table, or measure again"}
+    return values, str(found)
