@@ -1,0 +1,1 @@
+"""Calibration tables in, graphs with explicit QuantizeLinear and DequantizeLinear nodes out."""

@@ -1,0 +1,147 @@
+"""The calibration table: what a network's activations looked like, for the scales of static quantization.
+
+One safetensors file. For every observed tensor, named by its place in the checkpoint's modules
+(``transformer_blocks.0.attn1.to_q`` for what that linear takes; ``transformer_blocks.0.attn1.query``, ``key`` and
+``value`` for what attention takes), it holds
+
+- ``PLACE.amax``, float32 ``(channels,)``: the largest magnitude of each channel over every sample;
+- ``PLACE.percentile``, float32 ``(1,)``: the largest magnitude of the tensor, its outliers left out.
+
+Its metadata says, as JSON under the one key ``calibration``, what was observed and how.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from cvx_deploy.errors import CalibrationError
+from cvx_deploy.files import staged_file
+from cvx_deploy.models import Shape, Traits
+
+SCHEMA_VERSION = 1
+_KEY = "calibration"
+_AGAIN = "calibrate again; run: cvx-deploy quantize --help"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a table came to be.
+
+    Attributes:
+        checkpoint: A digest of the weights that were observed: names, types, shapes and bytes' places of every tensor.
+        traits: The architecture.
+        shape: The video size.
+        prompts: SHA-256 of the prompts' text, and `prompt_count` how many there were.
+        steps: Of the sampler; `observed` are the indices of those whose activations were recorded.
+        guidance_scale: 1 observes the conditional branch alone.
+        percentile: Which one ``PLACE.percentile`` is, such as 99.99.
+        tools: Versions of the programs that made it.
+    """
+
+    schema_version: int
+    checkpoint: str
+    traits: Traits
+    shape: Shape
+    prompts: str
+    prompt_count: int
+    steps: int
+    observed: tuple[int, ...]
+    guidance_scale: float
+    seed: int
+    percentile: float
+    tools: dict[str, str]
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """Statistics of a transformer's activations.
+
+    Attributes:
+        amax: By place, float32 ``(channels,)``.
+        percentile: By place.
+    """
+
+    conditions: Conditions
+    amax: Mapping[str, NDArray[np.float32]]
+    percentile: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for place, channels in self.amax.items():
+            if not (np.isfinite(channels).all() and np.isfinite(self.percentile[place])):
+                raise CalibrationError(
+                    f"the activations of {place} were not numbers while they were observed",
+                    fix="check the checkpoint's weights, then calibrate again in bf16 or fp32",
+                )
+
+    def write(self, path: Path) -> None:
+        """Write the table, replacing an earlier one when whole."""
+        from safetensors.numpy import save
+
+        tensors = {f"{place}.amax": np.ascontiguousarray(channels) for place, channels in self.amax.items()}
+        tensors |= {f"{place}.percentile": np.float32([value]) for place, value in self.percentile.items()}
+        text = json.dumps(asdict(self.conditions), sort_keys=True)
+        with staged_file(path) as temporary:
+            temporary.write_bytes(save(dict(sorted(tensors.items())), {_KEY: text}))
+
+    @classmethod
+    def read(cls, path: Path) -> "CalibrationTable":
+        """Read a table.
+
+        Raises:
+            CalibrationError: There is none, it is damaged, of another schema version, or holds what is no number.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise CalibrationError(f"there is no calibration table {path}", fix=_AGAIN)
+        try:
+            with safe_open(path, "np") as file:
+                conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+        except (SafetensorError, OSError) as error:
+            raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
+        amax = {name.removesuffix(".amax"): tensor for name, tensor in tensors.items() if name.endswith(".amax")}
+        missing = [place for place in amax if f"{place}.percentile" not in tensors]
+        if missing:
+            raise CalibrationError(f"{path} is damaged: it has no percentile of {missing[0]}", fix=_AGAIN)
+        return cls(conditions, amax, {place: float(tensors[f"{place}.percentile"][0]) for place in amax})
+
+    def require(self, traits: Traits, checkpoint: str, shape: Shape, any_shape: bool) -> None:
+        """Raise CalibrationError unless the table was made from this checkpoint at this shape.
+
+        Args:
+            traits: Of the checkpoint.
+            checkpoint: Its digest.
+            shape: What is to be quantized.
+            any_shape: Whether statistics of another shape will do.
+        """
+        mine = self.conditions
+        if mine.traits != traits or mine.checkpoint != checkpoint:
+            raise CalibrationError(
+                "the calibration table is of another model, or of other weights", fix="calibrate this checkpoint"
+            )
+        if mine.shape != shape and not any_shape:
+            raise CalibrationError(
+                f"the calibration table was made at {mine.shape}, the export is for {shape}",
+                fix=f"calibrate at {shape}, or accept these statistics with --calibration-any-shape",
+            )
+
+
+def _conditions(path: Path, text: str | None) -> Conditions:
+    if text is None:
+        raise CalibrationError(f"{path} is no calibration table: its metadata does not say so", fix=_AGAIN)
+    try:
+        raw = msgspec.json.decode(text)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise CalibrationError(
+                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN
+            )
+        return msgspec.convert(raw, Conditions)
+    except msgspec.DecodeError as error:
+        raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
