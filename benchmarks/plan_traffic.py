@@ -28,6 +28,7 @@ from cvx_deploy.errors import EngineError
 from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.export import contracts_for
 from cvx_deploy.exporters.trace import onnx_from_contract
+from cvx_deploy.quantize.recipe import Recipe
 from cvx_deploy.files import sha256_of
 from cvx_deploy.graph.rewrites import REWRITES
 from cvx_deploy.models import MODELS
@@ -76,7 +77,7 @@ def rewritten(bundle: Bundle, role: str, rewrites: Collection[str] | None, folde
     """Write a copy of the bundle with one network exported again; return it and the nodes of that network's graph."""
     manifest = bundle.manifest
     checkpoint = Checkpoint(Path(manifest.checkpoint))
-    contracts = contracts_for(checkpoint, bundle.shape, manifest.precision)
+    contracts = contracts_for(checkpoint, bundle.shape, Recipe.parse(manifest.precision, "bf16"))
     contract = next(contract for contract in contracts if contract.name == role)
     where = checkpoint.place(contract.component)
     model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where, rewrites)

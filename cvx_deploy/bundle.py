@@ -21,9 +21,10 @@ from cvx_deploy.progress import Progress
 
 MANIFEST = "bundle.json"
 HASHES = "SHA256SUMS"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 Precision = Literal["fp32", "fp16", "bf16"]
+SchemeName = Literal["int8", "int8wo", "int4wo", "fp8"]
 DType = Literal["float32", "float16", "int64"]
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 _TRANSFORMER = "transformer/"
@@ -100,11 +101,31 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a network were quantized.
+
+    Attributes:
+        layers: How many were.
+        excluded: Places, such as ``transformer_blocks.0.attn1``, whose layers were left as they are.
+        attention: Whether attention multiplies in 8 bits too.
+        calibration: The absolute path of the table with the activations' ranges, and its SHA-256; None where the scheme
+            needs none.
+    """
+
+    scheme: SchemeName
+    layers: Positive
+    excluded: tuple[str, ...] = ()
+    attention: bool = False
+    calibration: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Network:
     """One ONNX graph and its interface.
 
     Attributes:
         state: Input name to output name, for tensors that one run hands to the next (the VAE's causal caches).
+        precision: What it computes in, but for what `quantization` says.
     """
 
     file: StoredFile
@@ -112,6 +133,8 @@ class Network:
     outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
     weights: tuple[str, ...]
     state: dict[str, str]
+    precision: Precision
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if not {spec.name for spec in self.outputs}.issuperset(self.state.values()):
@@ -186,6 +209,7 @@ class Manifest:
         shapes: The video sizes it makes; the first is the default.
         fps: Frames a second of the finished video.
         networks: Every network by its name; sizes that need the same graph share it.
+        precision: What was asked for: a type, a scheme, or one for each network; see `cvx_deploy.quantize.recipe`.
         checkpoint: The absolute folder the weights outside the bundle lie in.
         weights: Plain name, as ONNX files use it, to file.
         transformer: The absolute folder of a fine-tuned transformer that stands in for the checkpoint's.
@@ -199,7 +223,7 @@ class Manifest:
     traits: Traits
     shapes: Annotated[tuple[ShapeEntry, ...], msgspec.Meta(min_length=1)]
     fps: Positive
-    precision: Precision
+    precision: str
     text_length: Positive
     vae: Vae
     scheduler: SchedulerEntry
@@ -218,6 +242,18 @@ class Manifest:
             for role, name in entry.networks.items():
                 if name not in self.networks:
                     raise ValueError(f"its {role} at {entry.shape} is {name}, which is not among its networks")
+
+    @property
+    def computes_in(self) -> set[Precision]:
+        """The types its networks compute in."""
+        return {network.precision for network in self.networks.values()}
+
+    @property
+    def multiplies_in(self) -> set[SchemeName]:
+        """The schemes of its networks that take 8-bit instructions: not those that shrink weights only."""
+        found = [network.quantization for network in self.networks.values() if network.quantization is not None]
+        schemes = {quantization.scheme for quantization in found} & {"int8", "fp8"}
+        return schemes | ({"fp8"} if any(quantization.attention for quantization in found) else set())
 
     def to_json(self) -> bytes:
         """Return the text of ``bundle.json``."""
@@ -308,10 +344,15 @@ class Bundle:
         ]
         if manifest.transformer is not None:
             options.append(("transformer", manifest.transformer))
+        options += _quantizing(manifest.networks.values())
         options += [("lora", f"{lora.path}:{lora.scale!r}") for lora in manifest.loras]
         words = [word for name, value in options for word in (f"--{name}", str(value))]
         copied = all(entry.in_bundle for entry in manifest.weights.values())
-        return shlex.join(["cvx-deploy", "export", *words, *(["--copy-weights"] if copied else [])])
+        attention = any(
+            network.quantization and network.quantization.attention for network in self.manifest.networks.values()
+        )
+        flags = {"--copy-weights": copied, "--quantize-attention": attention}
+        return shlex.join(["cvx-deploy", "export", *words, *(flag for flag, is_set in flags.items() if is_set)])
 
     def inside(self, relative: str) -> Path:
         """Return the absolute path of a file of the bundle, refusing one that leaves it."""
@@ -391,6 +432,14 @@ class Bundle:
         place = str(checkpoint.absolute())
         kept = {key: value for key, value in self.manifest.provenance.items() if key != "revision"}
         return replace(self, manifest=replace(self.manifest, checkpoint=place, provenance=kept | {"source": place}))
+
+
+def _quantizing(networks: Iterable[Network]) -> list[tuple[str, object]]:
+    """Return the options of an export that say how networks were quantized, besides the precision."""
+    found = [network.quantization for network in networks if network.quantization is not None]
+    tables = {quantization.calibration[0] for quantization in found if quantization.calibration is not None}
+    excluded = dict.fromkeys(place for quantization in found for place in quantization.excluded)
+    return [*(("calibration", table) for table in tables), *(("exclude", place) for place in excluded)]
 
 
 def may_replace(output: Path) -> bool:

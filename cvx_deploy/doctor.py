@@ -192,7 +192,7 @@ def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iter
         return
     shapes = ", ".join(map(str, bundle.shapes))
     yield Finding("ok", subject, f"{bundle.manifest.model}, {bundle.manifest.precision}, {shapes}, at {place}")
-    if bundle.manifest.precision == "bf16":
+    if "bf16" in bundle.manifest.computes_in:
         yield Finding(
             "note",
             subject,

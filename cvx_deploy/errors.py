@@ -9,6 +9,7 @@
     ├── BundleError            a bundle file is missing, truncated, altered, foreign, or points outside
     ├── MediaError             an image or video that cannot be read or written
     ├── PromptError            a prompt, or a combination of prompts and inputs, that makes no sense
+    ├── RecipeError            a precision that does not exist, or that a network cannot have
     ├── CalibrationError       a calibration table that is missing, damaged, or of another model or shape
     ├── OutputError            a place that cannot be written, or that another process is writing
     └── EngineError            an engine that is not installed, or cannot run this bundle
@@ -57,6 +58,10 @@ class MediaError(CvxError):
 
 class PromptError(CvxError):
     """A prompt, or a combination of prompts and inputs, that makes no sense."""
+
+
+class RecipeError(CvxError):
+    """A precision that does not exist, or that a network cannot have."""
 
 
 class CalibrationError(CvxError):

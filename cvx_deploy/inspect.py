@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from cvx_deploy.bundle import Bundle, TensorSpec
+from cvx_deploy.bundle import Bundle, Network, TensorSpec
 
 
 def describe(bundle: Bundle) -> str:
@@ -16,9 +16,9 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     shapes = ", ".join(map(str, bundle.shapes))
     yield f"{manifest.model}: {traits.task}, {traits.positions} positions, {shapes} at {manifest.fps} fps"
     scheduler = manifest.scheduler["kind"]
-    yield f"computes in {manifest.precision}; scheduler {scheduler}; {manifest.text_length} text tokens"
+    yield f"precision {manifest.precision}; scheduler {scheduler}; {manifest.text_length} text tokens"
     for name, network in manifest.networks.items():
-        yield f"\n{name}  {network.file.path}  {_size(network.file.size)}"
+        yield f"\n{name}  {network.file.path}  {_size(network.file.size)}  {_precision(network)}"
         yield from (f"  in   {_tensor(spec)}" for spec in network.inputs if spec.name not in network.state)
         yield from (f"  out  {_tensor(spec)}" for spec in network.outputs if spec.name not in network.state.values())
         if network.state:
@@ -47,3 +47,12 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def _precision(network: Network) -> str:
+    quantization = network.quantization
+    if quantization is None:
+        return network.precision
+    left = f", but for {', '.join(quantization.excluded)}" if quantization.excluded else ""
+    attention = " and attention in fp8" if quantization.attention else ""
+    return f"{quantization.scheme}/{network.precision}: {quantization.layers} layers{left}{attention}"

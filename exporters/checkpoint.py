@@ -97,8 +97,8 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """Tensors of the transformer that were made anew, and the one file outside the checkpoint that holds them."""
+class Made:
+    """Tensors of a component that were made anew, and the one file outside the checkpoint that holds them."""
 
     path: Path
     entry: WeightFile
@@ -125,7 +125,7 @@ class Checkpoint:
         self.root = root.absolute()
         self.variant = variant
         self.transformer = None if transformer is None else _transformer_folder(transformer)
-        self._merged: Merged | None = None
+        self._made: dict[str, Made] = {}
         found = self._holds()
         if found not in PIPELINES:
             raise WrongModelError(
@@ -170,17 +170,18 @@ class Checkpoint:
 
     def place(self, file: str) -> Path:
         """Return where a file or folder of the checkpoint lies, its name being relative to the root."""
-        if self._merged is not None and file == self._merged.entry.path:
-            return self._merged.path
+        for made in self._made.values():
+            if file == made.entry.path:
+                return made.path
         component, _, name = file.partition("/")
         if component == "transformer" and self.transformer is not None:
             return self.transformer / name
         return self.root / file
 
-    def with_merged(self, merged: Merged) -> "Checkpoint":
-        """Return the same checkpoint with some of the transformer's tensors taken from a file of their own."""
+    def with_made(self, component: str, made: Made) -> "Checkpoint":
+        """Return the same checkpoint with some of a component's tensors taken from a file of their own."""
         other = copy.copy(self)
-        other._merged = merged
+        other._made = self._made | {component: made}
         return other
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
@@ -192,8 +193,8 @@ class Checkpoint:
                     raise _missing_shard(self.place(file))
                 found.update(read_header(self.place(file), file))
             self._headers[component] = found
-        merged = self._merged.tensors if self._merged is not None and component == "transformer" else {}
-        return self._headers[component] | merged
+        made = self._made.get(component)
+        return self._headers[component] | (made.tensors if made is not None else {})
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, StoredTensor]]:
@@ -226,8 +227,9 @@ class Checkpoint:
         A hash that the checkpoint carries (see `CarriedHashes`) is trusted when it is younger than the file; else the
         file is hashed, and must agree with the carried one.
         """
-        if self._merged is not None and file == self._merged.entry.path:
-            return self._merged.entry
+        for made in self._made.values():
+            if file == made.entry.path:
+                return made.entry
         path = self.place(file)
         stat = path.stat()
         carried = self._carried_hashes.of(file) if path == self.root / file else None

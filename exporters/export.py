@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.lora import merge_adapters, read_adapters
 from cvx_deploy.exporters.modulation import ModulationContract
+from cvx_deploy.exporters.quantized import QuantizedComponent, Quantizing, quantize_components
 from cvx_deploy.exporters.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.tokenizer import write_tokenizer_json
 from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
@@ -35,6 +36,7 @@ from cvx_deploy.exporters.vae import VaeContract
 from cvx_deploy.files import place_file, sha256_of, staged_directory
 from cvx_deploy.models import MODELS, Shape, model_with_traits
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.quantize.recipe import COMPONENTS, Recipe
 from cvx_deploy.runtime.scheduler import SchedulerConfig
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
@@ -50,13 +52,15 @@ class ExportRequest:
         checkpoint: A folder in diffusers layout.
         frames: Video frames; None for the model's default, likewise `height` and `width` in pixels.
         shapes: Several sizes in one bundle, the default first, in place of those three.
-        precision: What the networks compute in, whatever the checkpoint stores.
+        precision: What each network computes in, whatever the checkpoint stores, and how it is quantized; see
+            `cvx_deploy.quantize.recipe`.
         copy_weights: Whether to put the weight files into the bundle rather than point at the checkpoint.
         transformer: The folder of a fine-tuned transformer in place of the checkpoint's.
         loras: Adapters to be merged into the transformer, file or folder, and the scale of each, in this order.
         variant: Which weight files to read where the checkpoint has several, such as fp16.
         source: Where `checkpoint` was fetched from, such as a hub id; None for a folder of the user's own.
         revision: The commit that was fetched.
+        quantizing: How, where the precision asks for it.
         rewrites: Which of `cvx_deploy.graph.rewrites.REWRITES` to apply to every graph; None for all.
     """
 
@@ -65,7 +69,7 @@ class ExportRequest:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
-    precision: Precision = "fp32"
+    precision: str = "fp32"
     copy_weights: bool = False
     shapes: tuple[Shape, ...] = ()
     transformer: Path | None = None
@@ -73,6 +77,7 @@ class ExportRequest:
     variant: str | None = None
     source: str | None = None
     revision: str | None = None
+    quantizing: Quantizing = field(default_factory=Quantizing)
     rewrites: Collection[str] | None = None
 
     def __post_init__(self) -> None:
@@ -89,27 +94,37 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
     progress = progress or SilentProgress()
     checkpoint = Checkpoint(request.checkpoint, request.variant, request.transformer)
     shapes = check_request(request, checkpoint)
+    recipe = recipe_of(request, checkpoint)
+    request.quantizing.check(recipe)
     SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
-    contracts, entries = named_contracts(
-        {shape: contracts_for(checkpoint, shape, request.precision) for shape in shapes}
-    )
+    contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, recipe) for shape in shapes})
     _check_components(checkpoint, contracts)
     adapters = read_adapters(request.loras, checkpoint.tensors("transformer"), progress)
     with staged_directory(output, replace=may_replace(output)) as staging:
         write_tokenizer_json(checkpoint.root / "tokenizer", staging / _TOKENIZER)
         if adapters:
-            checkpoint = merge_adapters(adapters, checkpoint, request.precision, staging, progress)
+            checkpoint = merge_adapters(adapters, checkpoint, recipe.transformer.compute, staging, progress)
+        quantized = quantize_components(request.quantizing, recipe, checkpoint, shapes, staging, progress)
+        for component, each in quantized.items():
+            checkpoint = checkpoint.with_made(component, each.made)
         networks = {}
         for name, contract in contracts.items():
             with progress.task(f"trace {name}"):
-                networks[name] = _write_network(contract, checkpoint, staging / f"{name}.onnx", request.rewrites)
+                of_it = quantized.get(contract.component) if contract.name in COMPONENTS else None
+                networks[name] = _write_network(contract, checkpoint, staging / f"{name}.onnx", request.rewrites, of_it)
         weights = _weight_table(checkpoint, networks, progress)
         if request.copy_weights:
             weights = _copy_weights(checkpoint, weights, staging, progress)
         loras = tuple(adapter.entry for adapter in adapters)
-        manifest = replace(_manifest(request, checkpoint, entries, networks, weights, staging), loras=loras)
+        manifest = replace(_manifest(request, recipe, checkpoint, entries, networks, weights, staging), loras=loras)
         (staging / MANIFEST).write_bytes(manifest.to_json())
     return Bundle.open(output)
+
+
+def recipe_of(request: ExportRequest, checkpoint: Checkpoint) -> Recipe:
+    """Return the precision of every network."""
+    published = model_with_traits(checkpoint.traits)
+    return Recipe.parse(request.precision, "fp16" if published and published.dtype == "float16" else "bf16")
 
 
 def check_request(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape, ...]:
@@ -166,7 +181,7 @@ def named_contracts(
     return {name(contract): contract for contracts in needed.values() for contract in contracts}, entries
 
 
-def contracts_for(checkpoint: Checkpoint, shape: Shape, precision: Precision) -> list[NetworkContract]:
+def contracts_for(checkpoint: Checkpoint, shape: Shape, recipe: Recipe) -> list[NetworkContract]:
     """Return the contracts of every network that a shape needs."""
     transformer, vae = checkpoint.configs["transformer"], checkpoint.configs["vae"]
     temporal = checkpoint.limits.temporal
@@ -174,11 +189,14 @@ def contracts_for(checkpoint: Checkpoint, shape: Shape, precision: Precision) ->
     contracts: list[NetworkContract] = []
     with sensible_config(checkpoint.place("text_encoder")):
         text_length = transformer["max_text_seq_length"]
-        contracts.append(TextEncoderContract(checkpoint.configs["text_encoder"], precision, text_length))
+        contracts.append(
+            TextEncoderContract(checkpoint.configs["text_encoder"], recipe.text_encoder.compute, text_length)
+        )
     with sensible_config(checkpoint.place("transformer")):
-        contracts.append(ModulationContract(transformer, precision))
-        contracts.append(TransformerContract(transformer, precision, shape, spatial, temporal))
+        contracts.append(ModulationContract(transformer, recipe.transformer.compute))
+        contracts.append(TransformerContract(transformer, recipe.transformer.compute, shape, spatial, temporal))
     with sensible_config(checkpoint.place("vae")):
+        precision = recipe.vae.compute
         contracts += _encoder_contracts(checkpoint, shape, precision)
         frames = -(-shape.frames // temporal)
         contracts += _chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", frames, 2)
@@ -214,16 +232,30 @@ def _check_components(checkpoint: Checkpoint, contracts: dict[str, NetworkContra
 
 
 def _write_network(
-    contract: NetworkContract, checkpoint: Checkpoint, path: Path, rewrites: Collection[str] | None
+    contract: NetworkContract,
+    checkpoint: Checkpoint,
+    path: Path,
+    rewrites: Collection[str] | None,
+    quantized: QuantizedComponent | None,
 ) -> Network:
     where = checkpoint.place(contract.component)
-    model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where, rewrites)
+    tensors = checkpoint.tensors(contract.component)
+    placement = None if quantized is None else quantized.placement
+    model = onnx_from_contract(contract, tensors, where, rewrites, placement)
     model.producer_name, model.producer_version = "cvx-deploy", __version__
     model.graph.name = path.stem
     ir.save(model, path)
     external = (value.const_value for value in model.graph.initializers.values())
     locations = {str(tensor.location) for tensor in external if isinstance(tensor, ir.ExternalTensor)}
-    return Network(_stored(path), contract.input_specs, contract.output_specs, tuple(sorted(locations)), contract.state)
+    return Network(
+        _stored(path),
+        contract.input_specs,
+        contract.output_specs,
+        tuple(sorted(locations)),
+        contract.state,
+        contract.precision,
+        None if quantized is None else quantized.entry,
+    )
 
 
 def _stored(path: Path) -> StoredFile:
@@ -259,6 +291,7 @@ def _copy_weights(
 
 def _manifest(
     request: ExportRequest,
+    recipe: Recipe,
     checkpoint: Checkpoint,
     shapes: tuple[ShapeEntry, ...],
     networks: dict[str, Network],
@@ -273,7 +306,7 @@ def _manifest(
         traits=checkpoint.traits,
         shapes=shapes,
         fps=published.fps if published else 8,
-        precision=request.precision,
+        precision=str(recipe),
         text_length=checkpoint.configs["transformer"]["max_text_seq_length"],
         vae=_vae(checkpoint.configs["vae"]),
         scheduler={"kind": "ddim" if "DDIM" in scheduler["_class_name"] else "dpm", "config": scheduler},

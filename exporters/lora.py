@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from cvx_deploy.bundle import Lora, Precision, WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
-from cvx_deploy.exporters.checkpoint import PICKLES, Checkpoint, Merged, StoredTensor
+from cvx_deploy.exporters.checkpoint import PICKLES, Checkpoint, Made, StoredTensor
 from cvx_deploy.exporters.contract import TORCH_DTYPES
 from cvx_deploy.exporters.weights import PlannedTensor, load_tensor, stored_tensors, write_safetensors
 from cvx_deploy.files import sha256_of
@@ -113,7 +113,8 @@ def merge_adapters(
 ) -> Checkpoint:
     """Return the checkpoint with the weights that adapters change taken from a file in `folder`; see `write_merged`."""
     tensors = checkpoint.tensors("transformer")
-    return checkpoint.with_merged(write_merged(adapters, tensors, checkpoint.place, precision, folder, progress))
+    merged = write_merged(adapters, tensors, checkpoint.place, precision, folder, progress)
+    return checkpoint.with_made("transformer", merged)
 
 
 def write_merged(
@@ -123,7 +124,7 @@ def write_merged(
     precision: Precision,
     folder: Path,
     progress: Progress,
-) -> Merged:
+) -> Made:
     """Write every weight that the adapters change, merged, to `MERGED` in `folder`.
 
     Args:
@@ -151,7 +152,7 @@ def write_merged(
         digest = write_safetensors(path, planned, merged, advance)
     stat = path.stat()
     entry = WeightFile(MERGED, stat.st_size, digest, stat.st_mtime_ns, in_bundle=True)
-    return Merged(path, entry, stored_tensors(MERGED, planned))
+    return Made(path, entry, stored_tensors(MERGED, planned))
 
 
 def changed_by(adapters: Iterable[Adapter]) -> list[str]:

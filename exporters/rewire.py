@@ -45,6 +45,12 @@ def write_with_loras(
         BundleError: Adapters are merged already, or weights are stored in another type than the networks compute in.
         CheckpointError, WrongModelError: An adapter is damaged, or fits another model.
     """
+    if _transformer(base).quantization is not None:
+        wanted = tuple(Lora(str(path.absolute()), scale, "") for path, scale in loras)
+        raise BundleError(
+            f"the transformer of {base.path} is quantized, and adapters are merged before that",
+            fix=_export(replace(base, path=output), wanted) + ", and build it",
+        )
     if base.manifest.loras:
         raise BundleError(
             f"{base.path} has adapters merged into it already",
@@ -54,7 +60,7 @@ def write_with_loras(
     adapters = read_adapters(loras, tensors, progress)
     entries = tuple(adapter.entry for adapter in adapters)
     _check_types(base, {name: tensors[name] for name in changed_by(adapters)}, entries, output)
-    precision = base.manifest.precision
+    precision = _transformer(base).precision
     merged = write_merged(adapters, tensors, lambda file: base.weight_path(file, progress), precision, folder, progress)
     moves = {(tensors[name].file, tensors[name].offset): stored for name, stored in merged.tensors.items()}
     return _write(base, moves, base.manifest.weights | {MERGED: merged.entry}, entries, folder, progress)
@@ -97,9 +103,13 @@ def _stored_tensors(bundle: Bundle, progress: Progress) -> dict[str, StoredTenso
     return tensors
 
 
+def _transformer(bundle: Bundle) -> Network:
+    return bundle.network("transformer")
+
+
 def _check_types(bundle: Bundle, tensors: dict[str, StoredTensor], loras: tuple[Lora, ...], output: Path) -> None:
     """Raise unless the checkpoint stores what the networks compute in: else a Cast stands in one graph alone."""
-    precision = bundle.manifest.precision
+    precision = _transformer(bundle).precision
     for name, stored in tensors.items():
         if stored.dtype != TYPE_NAMES[TORCH_DTYPES[precision]]:
             raise BundleError(

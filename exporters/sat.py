@@ -232,7 +232,7 @@ class _Network:
                     f"{self.path}: {source.key} is {list(stored.shape)}, which makes no {name} of {list(shapes[name])}",
                     fix=fix,
                 )
-            if stored.dtype not in TYPE_NAMES:
+            if not stored.dtype.is_floating_point or stored.dtype not in TYPE_NAMES:
                 raise CheckpointError(
                     f"{self.path}: {source.key} is {stored.dtype}", fix="use a file of floating point weights"
                 )

@@ -23,6 +23,7 @@ from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
 from cvx_deploy.graph.fold import fold_indices
 from cvx_deploy.graph.rewrites import rewrite
 from cvx_deploy.graph.split import split_without_sequences
+from cvx_deploy.quantize.placement import Placement, quantize_graph
 
 OPSET = 23
 _IR_DTYPES = {
@@ -30,6 +31,9 @@ _IR_DTYPES = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "I8": ir.DataType.INT8,
+    "I4": ir.DataType.INT4,
 }
 
 
@@ -38,6 +42,7 @@ def onnx_from_contract(
     tensors: dict[str, StoredTensor],
     where: Path,
     rewrites: Collection[str] | None = None,
+    placement: Placement | None = None,
 ) -> ir.Model:
     """Trace a network, rewrite its graph, and bind its weights.
 
@@ -46,6 +51,7 @@ def onnx_from_contract(
         tensors: Every tensor of the checkpoint's component by name.
         where: The component's folder, for error messages.
         rewrites: Which of `REWRITES` to apply; None for all.
+        placement: What to quantize; the tensors are then those of `quantize_component`.
 
     Returns:
         The model, its initializers external, each in the file `weight_location` names.
@@ -64,6 +70,8 @@ def onnx_from_contract(
         repeat_blocks(model, contract.blocks)
     fold_indices(model)
     rewrite(model, rewrites)
+    if placement is not None:
+        quantize_graph(model, placement, lambda name: contract.weight_names(name)[0])
     _bind_weights(model, contract, tensors, where)
     for simplify in (
         passes.RemoveUnusedNodesPass(),

@@ -20,7 +20,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from cvx_deploy.exporters.checkpoint import StoredTensor
 from cvx_deploy.progress import Advance
 
-TORCH_TYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_TYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 TYPE_NAMES: Final = {dtype: name for name, dtype in TORCH_TYPES.items()}
 FULL_SHARD_BYTES: Final = 5_000_000_000
 _PIECE: Final = 1 << 22

@@ -9,6 +9,7 @@ from cvx_deploy.bundle import Network
 from cvx_deploy.exporters import export
 from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.quantized import QuantizedComponent
 from cvx_deploy.exporters.trace import weight_location
 
 
@@ -17,10 +18,14 @@ def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:
     trace = export._write_network
 
     def write(
-        contract: NetworkContract, checkpoint: Checkpoint, path: Path, rewrites: Collection[str] | None
+        contract: NetworkContract,
+        checkpoint: Checkpoint,
+        path: Path,
+        rewrites: Collection[str] | None,
+        quantized: QuantizedComponent | None,
     ) -> Network:
         if components and contract.component not in components:
-            return trace(contract, checkpoint, path, rewrites)
+            return trace(contract, checkpoint, path, rewrites, quantized)
         return _write_text(contract, checkpoint, path)
 
     monkeypatch.setattr(export, "_write_network", write)
@@ -30,4 +35,4 @@ def _write_text(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -
     path.write_text(f"{contract.name} of {contract.precision}")
     files = {tensor.file for tensor in checkpoint.tensors(contract.component).values()}
     weights = tuple(sorted(map(weight_location, files)))
-    return Network(export._stored(path), contract.input_specs, contract.output_specs, weights, contract.state)
+    return Network(export._stored(path), contract.input_specs, contract.output_specs, weights, contract.state, contract.precision)

@@ -59,11 +59,25 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
 @sizes("A video size, such as 49x480x720; again for more in the bundle.", "the model's", several=True)
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="What the networks compute in. The CPU engine has no bf16.",
+    metavar="PRECISION",
+    help="fp32, fp16, bf16 (not for ONNX Runtime on a CPU), or quantized: int8, int8wo, int4wo, fp8. See below.",
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="For int8 and fp8: the table that cvx-deploy quantize wrote.",
+)
+@click.option("--calibration-any-shape", is_flag=True, help="Take a table that was made at another video size.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PLACE|FILE",
+    help="Layers not to quantize: one, a module of some, or a file of quantize --sensitivity; again for more.",
+)
+@click.option("--quantize-attention", is_flag=True, help="Let attention multiply in fp8 too. TensorRT only.")
 @click.option(
     "--transformer",
     type=click.Path(path_type=Path),
@@ -82,6 +96,10 @@ def export(
     shape: tuple[Shape, ...],
     output: Path | None,
     engines_dir: Path,
+    calibration: Path | None,
+    calibration_any_shape: bool,
+    exclude: tuple[str, ...],
+    quantize_attention: bool,
     progress: Progress,
     **options: Any,
 ) -> Result:
@@ -90,11 +108,17 @@ def export(
     The weights stay where they are, unless --copy-weights: the bundle points at them and knows their hashes. Of a hub's
     repository, only the files needed are fetched, into the cache that all programs share.
 
+    A quantized precision keeps the transformer's linear layers in 8 or 4 bits: int8 and fp8 multiply in 8 bits and need
+    --calibration, int8wo and int4wo shrink the weights only. The text encoder goes with it, weights only; what the rest
+    computes in stands after a slash. Each network can have its own: transformer=fp8,text_encoder=int8wo,vae=fp16.
+
     \b
     Examples:
       cvx-deploy export --model 5b
       cvx-deploy export --model 5b --checkpoint checkpoints/CogVideoX-5b --frames 25
       cvx-deploy export --model 5b --shape 49x480x720 --shape 25x480x720 --lora style.safetensors:0.8
+      cvx-deploy export --model 5b --precision int8wo
+      cvx-deploy export --model 5b --precision int8/fp32 --calibration engines/5b.calibration.safetensors
     """
     if checkpoint is None and model in MINIATURES:
         checkpoint = str(miniature(model))
@@ -105,9 +129,12 @@ def export(
 
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, check_request
     from cvx_deploy.exporters.hub import Source, fetch
+    from cvx_deploy.exporters.quantized import Quantizing
+    from cvx_deploy.quantize.layers import excluded_places
 
+    quantizing = Quantizing(calibration, calibration_any_shape, excluded_places(exclude), quantize_attention)
     where = checkpoint or MODELS[model].hub_id
-    request = ExportRequest(model=model, checkpoint=Path(where), shapes=shape, **options)
+    request = ExportRequest(model=model, checkpoint=Path(where), shapes=shape, quantizing=quantizing, **options)
     own = request.transformer is not None
     source = Source(where, request.revision, request.variant, offline, own_transformer=own)
     fetched = fetch(source, functools.partial(check_request, request), progress)

@@ -164,10 +164,9 @@ def _judged(bundle: "Bundle", outcome: "Outcome") -> list["Findings"]:
     from cvx_deploy.build.store import EngineStore
 
     record = outcome.record
-    graph = onnx.ModelProto.FromString(
-        bundle.inside(bundle.manifest.networks[record.network].file.path).read_bytes()
-    ).graph
-    facts = facts_from_graph(graph, outcome.role, bundle.manifest.precision)
+    network = bundle.manifest.networks[record.network]
+    graph = onnx.ModelProto.FromString(bundle.inside(network.file.path).read_bytes()).graph
+    facts = facts_from_graph(graph, outcome.role, network.precision)
     return [judge(plan, facts) for plan in EngineStore(bundle).plans(record)]
 
 

@@ -83,7 +83,7 @@ class CalibrationTable:
         from safetensors.numpy import save
 
         tensors = {f"{place}.amax": np.ascontiguousarray(channels) for place, channels in self.amax.items()}
-        tensors |= {f"{place}.percentile": np.float32([value]) for place, value in self.percentile.items()}
+        tensors |= {f"{place}.percentile": np.array([value], np.float32) for place, value in self.percentile.items()}
         text = json.dumps(asdict(self.conditions), sort_keys=True)
         with staged_file(path) as temporary:
             temporary.write_bytes(save(dict(sorted(tensors.items())), {_KEY: text}))
@@ -102,7 +102,8 @@ class CalibrationTable:
         try:
             with safe_open(path, "np") as file:
                 conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
         amax = {name.removesuffix(".amax"): tensor for name, tensor in tensors.items() if name.endswith(".amax")}

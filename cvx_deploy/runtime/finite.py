@@ -99,7 +99,7 @@ class FiniteSession:
         )
 
     def _fix(self) -> str:
-        if self._backend.bundle.manifest.precision != "fp16":
+        if self._network.precision != "fp16":
             return "check the weights with cvx-deploy verify, and see whether another --engine gives numbers there"
         if self._role == "text_encoder":
             return "T5-XXL overflows in fp16: export with --precision bf16, or fp32 for the CPU"

@@ -80,11 +80,15 @@ class OpenVinoBackend:
         self._core = openvino.Core()
         self._progress = progress or SilentProgress()
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        precision = bundle.manifest.precision
-        if precision not in precisions():
+        for precision in sorted(bundle.manifest.computes_in.difference(precisions())):
             raise EngineError(
                 f"{bundle.path} computes in {precision}, which this CPU has no instructions for",
                 fix="export with --precision fp32 to run it here",
+            )
+        if "fp8" in bundle.manifest.multiplies_in:
+            raise EngineError(
+                f"{bundle.path} multiplies in fp8, which no CPU can",
+                fix="export with --precision int8/bf16 to run it here",
             )
 
     @contextlib.contextmanager
@@ -109,7 +113,7 @@ class OpenVinoBackend:
 
     def _compiled(self, model: openvino.Model, role: str, described: Network, sizes: dict[str, int]) -> Any:
         model.reshape({spec.name: list(spec.resolve(sizes)) for spec in described.inputs})
-        precision: Precision = "fp32" if role in _EXACT else self.bundle.manifest.precision
+        precision: Precision = "fp32" if role in _EXACT else described.precision
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],  # by default it is bf16 wherever the CPU is fast in it
             "PERFORMANCE_HINT": "LATENCY",  # all threads for the one run there is

@@ -76,11 +76,8 @@ class OrtBackend:
     ) -> None:
         if device is not None:
             _check_device(device)
-        elif bundle.manifest.precision == "bf16":
-            raise EngineError(
-                f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
-                fix="run it with --engine openvino, or export with --precision fp32",
-            )
+        else:
+            _check_precision(bundle)
         self.bundle = bundle
         self._memory = _Memory(device)
         self._threads = threads
@@ -95,7 +92,9 @@ class OrtBackend:
         options = self._options(described, dict(sizes))
         providers = self._memory.providers
         try:
-            session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+            session = onnxruntime.InferenceSession(
+                graph, options, providers=providers, enable_fallback=0, disabled_optimizers=_disabled(described)
+            )
         except _ERRORS as error:
             again = "export the bundle again with this version of cvx-deploy"
             other = f"{again}, or with --precision fp16 or fp32, or run it with another --engine"
@@ -151,6 +150,25 @@ class OrtBackend:
         if name not in self._mapped:
             self._mapped[name] = np.memmap(self.bundle.weight_path(name, self._progress), np.uint8, mode="r")
         return self._mapped[name]
+
+
+def _disabled(network: Network) -> list[str]:
+    """Return the optimizations that a network goes without: a Gemm would hide its products from those for int8."""
+    return [] if network.quantization is None else ["MatMulAddFusion"]
+
+
+def _check_precision(bundle: Bundle) -> None:
+    """Raise EngineError for what ONNX Runtime has no CPU kernels for, or none that multiply in 8 bits."""
+    if "bf16" in bundle.manifest.computes_in:
+        raise EngineError(
+            f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
+            fix="run it with --engine openvino, or export with --precision fp32, or int8/fp32",
+        )
+    if "fp8" in bundle.manifest.multiplies_in:
+        raise EngineError(
+            f"{bundle.path} multiplies in fp8, which no CPU can: ONNX Runtime would compute in float32, more slowly",
+            fix="export with --precision int8/fp32, or run it with --engine tensorrt-rtx or tensorrt",
+        )
 
 
 class _Memory:

@@ -52,7 +52,7 @@ class EncoderKey:
         manifest, network = bundle.manifest, bundle.network(_ROLE)
         weights = {name: manifest.weights[name].sha256 for name in network.weights}
         tokenizer, length = manifest.tokenizer.sha256, manifest.text_length
-        return cls(network.file.sha256, weights, tokenizer, manifest.precision, length, (engine, version))
+        return cls(network.file.sha256, weights, tokenizer, network.precision, length, (engine, version))
 
     def digest(self, text: str) -> str:
         """Return the hash that names a text's entry."""

@@ -27,6 +27,7 @@ from cvx_deploy.exporters.synth_configs import (
 from cvx_deploy.exporters.vae import VaeContract
 from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.quantize.recipe import Recipe
 from tests.command import content
 from tests.conftest import Tiny
 from tests.untraced import without_tracing
@@ -88,7 +89,7 @@ def contracts_of(tmp_path_factory: pytest.TempPathFactory) -> Contracts:
     @functools.cache
     def contracts(name: str, frames: int, precision: Precision = "fp32") -> list[NetworkContract]:
         checkpoint = configs(tmp_path_factory.mktemp(name), name, "tiny")
-        return contracts_for(checkpoint, Shape(frames, 80, 112), precision)
+        return contracts_for(checkpoint, Shape(frames, 80, 112), Recipe.parse(precision, "bf16"))
 
     return contracts
 
@@ -176,7 +177,7 @@ def test_a_config_that_describes_no_network_is_named(
     checkpoint = configs(tmp_path, "5b", "tiny")
     checkpoint.configs[component] |= changes
     with pytest.raises(CheckpointError, match=f"no network can be built from {tmp_path}/{component}/config.json"):
-        contracts_for(checkpoint, Shape(17, 80, 112), "fp32")
+        contracts_for(checkpoint, Shape(17, 80, 112), Recipe.parse("fp32", "bf16"))
 
 
 @pytest.mark.usefixtures("_untraced")
@@ -240,7 +241,7 @@ def test_networks_are_named_after_shapes_only_where_they_differ(
     tmp_path: Path, name: str, shapes: tuple[Shape, ...], doubled: set[str]
 ) -> None:
     checkpoint = configs(tmp_path, name, "tiny")
-    contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, "fp32") for shape in shapes})
+    contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, Recipe.parse("fp32", "bf16")) for shape in shapes})
     assert {entry.networks[role] for entry in entries for role in entry.networks} == set(contracts)
     assert {name for name in contracts if re.search(r"_\d+x", name)} == {
         f"{role}_{shape}" for role in doubled for shape in shapes

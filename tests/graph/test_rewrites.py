@@ -14,6 +14,7 @@ from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.export import ExportRequest, contracts_for, shapes_of
 from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
 from cvx_deploy.graph.rewrites import REWRITES, rewrite
+from cvx_deploy.quantize.recipe import Recipe
 from tests.conftest import Tiny
 from tests.tolerances import REWRITE_RELATIVE
 
@@ -27,7 +28,7 @@ PLACES: dict[str, tuple[str, Precision]] = {
 
 def contract_of(checkpoint: Checkpoint, role: str, precision: Precision) -> NetworkContract:
     (shape,) = shapes_of(ExportRequest("5b", checkpoint.root), checkpoint)
-    return next(contract for contract in contracts_for(checkpoint, shape, precision) if contract.name == role)
+    return next(contract for contract in contracts_for(checkpoint, shape, Recipe.parse(precision, "bf16")) if contract.name == role)
 
 
 def model_of(
