@@ -28,11 +28,11 @@ from cvx_deploy.errors import EngineError
 from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.export import contracts_for
 from cvx_deploy.exporters.trace import onnx_from_contract
-from cvx_deploy.quantize.recipe import Recipe
 from cvx_deploy.files import sha256_of
 from cvx_deploy.graph.rewrites import REWRITES
 from cvx_deploy.models import MODELS
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.quantize.recipe import Recipe
 
 TOOLS = ("tensorrt-rtx-cu13", "torch", "diffusers", "onnx")
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}

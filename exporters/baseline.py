@@ -39,7 +39,7 @@ class EagerPipeline:
 
     def __init__(self, checkpoint: Path, bundle: Bundle, way: Baseline, device: str) -> None:
         self._bundle, self._device = bundle, device
-        dtype = _DTYPES[bundle.manifest.precision]
+        dtype = _DTYPES[bundle.network("transformer").precision]
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._pipeline: Any = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=dtype).to(device)

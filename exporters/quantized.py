@@ -4,10 +4,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvx_deploy.exporters.calibrate import checkpoint_digest
-
 from cvx_deploy.bundle import Quantization
 from cvx_deploy.errors import RecipeError
+from cvx_deploy.exporters.calibrate import checkpoint_digest
 from cvx_deploy.exporters.checkpoint import Checkpoint, Made
 from cvx_deploy.exporters.lora import MERGED
 from cvx_deploy.exporters.quantized_weights import LayerWeights, quantize_component

@@ -53,7 +53,9 @@ def make_bundle(root: Path) -> Bundle:
         path.write_text(f"content of {path.name}")
     pixels = TensorSpec("pixels", "float32", (1, 3, 9, "8*latent_height", "8*latent_width"), "BCFHW")
     cache = TensorSpec("new_cache", "float16", (1, 4, 2, "latent_height", "latent_width"), "BCFHW")
-    network = Network(stored(folder / "vae.onnx"), (pixels,), (cache,), ("in", "vae.out"), {"cache": "new_cache"}, "fp32")
+    network = Network(
+        stored(folder / "vae.onnx"), (pixels,), (cache,), ("in", "vae.out"), {"cache": "new_cache"}, "fp32"
+    )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model="5b",

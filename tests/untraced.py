@@ -35,4 +35,6 @@ def _write_text(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -
     path.write_text(f"{contract.name} of {contract.precision}")
     files = {tensor.file for tensor in checkpoint.tensors(contract.component).values()}
     weights = tuple(sorted(map(weight_location, files)))
-    return Network(export._stored(path), contract.input_specs, contract.output_specs, weights, contract.state, contract.precision)
+    return Network(
+        export._stored(path), contract.input_specs, contract.output_specs, weights, contract.state, contract.precision
+    )

@@ -42,6 +42,7 @@ from cvx_deploy.progress import Progress
 from cvx_deploy.report.memory import MemoryWatch
 from cvx_deploy.runtime.vae import DECODER, encoder, tile_planes
 
+_FIRST_WITH_FP8 = 89
 _DENOISER = "transformer"
 
 
@@ -106,6 +107,7 @@ def build(library: Library, bundle: Bundle, request: BuildRequest, progress: Pro
         )
     store = EngineStore(bundle)
     todo = jobs(bundle, request)
+    _require_fp8(bundle, todo, _targets(library, request))
     keys = [_key(library, bundle, job, request) for job in todo]
     found = [None if request.force else store.reuse(key, job.network) for key, job in zip(keys, todo, strict=True)]
     missing = {job.network for job, record in zip(todo, found, strict=True) if record is None}
@@ -116,6 +118,18 @@ def build(library: Library, bundle: Bundle, request: BuildRequest, progress: Pro
             yield Outcome(record, job.role, reused=True)
         else:
             yield Outcome(compiler.build(store, job, key), job.role, reused=False)
+
+
+def _require_fp8(bundle: Bundle, todo: list[Job], targets: tuple[str, ...]) -> None:
+    """Raise EngineError where a target has no fp8 instructions: it would multiply in 16 bits, and say nothing."""
+    without = [target for target in targets if target.startswith("sm") and _number(target) < _FIRST_WITH_FP8]
+    for job in todo:
+        quantization = bundle.manifest.networks[job.network].quantization
+        if without and quantization is not None and (quantization.scheme == "fp8" or quantization.attention):
+            raise EngineError(
+                f"{job.network} of {bundle.path} multiplies in fp8, which {without[0]} has no instructions for",
+                fix="export with --precision int8, int8wo or bf16, or name targets from sm89 (Ada) on",
+            )
 
 
 def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
@@ -258,7 +272,7 @@ class _Compiler:
 
         Fused attention exists in 16 bits and less; in fp32 the operator is declared decomposable from the start.
         """
-        decomposed = self.bundle.manifest.precision == "fp32"
+        decomposed = self.bundle.manifest.networks[job.network].precision == "fp32"
         try:
             return self._compiled_once(job, key, path, decomposed=decomposed)
         except UnfusedError as error:

@@ -281,7 +281,9 @@ def _matrix_kernels(plan: CompiledPlan, name: str) -> list[Kernel]:
 
 
 def _is_quantized(kernel: Kernel) -> bool:
-    """Whether both what it multiplies and what it multiplies it with are quantized."""
+    """Whether both what it multiplies and what it multiplies it with are quantized; attention has no constants."""
+    if kernel.kind == "attention":
+        return all(tensor.dtype in _QUANTIZED_TYPES for tensor in kernel.inputs if not tensor.is_scalar)
     sides = (kernel.inputs, kernel.constants)
     return all(any(tensor.dtype in _QUANTIZED_TYPES and not tensor.is_scalar for tensor in side) for side in sides)
 

@@ -15,6 +15,7 @@ _BASE = 600 << 20
 _PER_WEIGHT_BYTE = 1.65
 
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_QUANTIZED_BITS = {onnx.TensorProto.INT8: 8, onnx.TensorProto.FLOAT8E4M3FN: 8, onnx.TensorProto.INT4: 4}
 
 
 def build_memory(weight_bytes: int) -> int:
@@ -44,9 +45,6 @@ def require_memory(networks: Iterable[tuple[str, int]], kind: str, bundle: Bundl
 def weight_bytes_of(bundle: Bundle, name: str) -> int:
     """Return the bytes of a network's weights in the type it computes in."""
     graph = onnx.ModelProto.FromString(bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()).graph
-    itemsize = _SIZES[bundle.manifest.precision]
-    elements = 0
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            elements += math.prod(tensor.dims)
-    return elements * itemsize
+    computed = 8 * _SIZES[bundle.manifest.networks[name].precision]
+    external = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    return sum(math.prod(tensor.dims) * _QUANTIZED_BITS.get(tensor.data_type, computed) for tensor in external) // 8

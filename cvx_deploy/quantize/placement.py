@@ -194,8 +194,10 @@ def _quantize_attention(model: ir.Model, node: ir.Node, scales: tuple[float, flo
     constant = constant_node(np.array(factor, query.dtype.numpy()), f"{name}/Factor")
     scaled = ir.node("Mul", [scores.outputs[0], constant.outputs[0]], name=f"{name}/Scale")
     softmax = ir.node("Softmax", [scaled.outputs[0]], {"axis": -1}, name=f"{name}/Softmax")
-    for step in (scores, constant, scaled, softmax):
-        step.outputs[0].type = query.type
+    assert key.shape is not None
+    tokens = ir.Shape([*query.shape[:-1], key.shape[-2]])
+    for step in (scores, scaled, softmax):
+        step.outputs[0].type, step.outputs[0].shape = query.type, tokens
     model.graph.insert_before(node, [transposed, scores, constant, scaled, softmax])
     # A softmax is at most 1.
     weights = _rounded(model, node, softmax.outputs[0], 1 / _E4M3_LARGEST, "FLOAT8E4M3FN", f"{name}/Weights")

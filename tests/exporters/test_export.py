@@ -241,7 +241,9 @@ def test_networks_are_named_after_shapes_only_where_they_differ(
     tmp_path: Path, name: str, shapes: tuple[Shape, ...], doubled: set[str]
 ) -> None:
     checkpoint = configs(tmp_path, name, "tiny")
-    contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, Recipe.parse("fp32", "bf16")) for shape in shapes})
+    contracts, entries = named_contracts(
+        {shape: contracts_for(checkpoint, shape, Recipe.parse("fp32", "bf16")) for shape in shapes}
+    )
     assert {entry.networks[role] for entry in entries for role in entry.networks} == set(contracts)
     assert {name for name in contracts if re.search(r"_\d+x", name)} == {
         f"{role}_{shape}" for role in doubled for shape in shapes

@@ -28,7 +28,11 @@ PLACES: dict[str, tuple[str, Precision]] = {
 
 def contract_of(checkpoint: Checkpoint, role: str, precision: Precision) -> NetworkContract:
     (shape,) = shapes_of(ExportRequest("5b", checkpoint.root), checkpoint)
-    return next(contract for contract in contracts_for(checkpoint, shape, Recipe.parse(precision, "bf16")) if contract.name == role)
+    return next(
+        contract
+        for contract in contracts_for(checkpoint, shape, Recipe.parse(precision, "bf16"))
+        if contract.name == role
+    )
 
 
 def model_of(
