@@ -47,4 +47,5 @@ def weight_bytes_of(bundle: Bundle, name: str) -> int:
     graph = onnx.ModelProto.FromString(bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()).graph
     computed = 8 * _SIZES[bundle.manifest.networks[name].precision]
     external = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    return sum(math.prod(tensor.dims) * _QUANTIZED_BITS.get(tensor.data_type, computed) for tensor in external) // 8
+    bits: int = sum(math.prod(tensor.dims) * _QUANTIZED_BITS.get(tensor.data_type, computed) for tensor in external)
+    return bits // 8

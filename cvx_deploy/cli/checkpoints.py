@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from cvx_deploy.cli.options import ENGINES_DIR, LORAS, Result, need_export_extra
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from cvx_deploy.exporters.export import ExportRequest
 
 
 @cli.command()
@@ -120,25 +123,16 @@ def export(
       cvx-deploy export --model 5b --precision int8wo
       cvx-deploy export --model 5b --precision int8/fp32 --calibration engines/5b.calibration.safetensors
     """
-    if checkpoint is None and model in MINIATURES:
-        checkpoint = str(miniature(model))
-    if checkpoint is None and model not in MODELS:
-        raise click.UsageError(f"{model} is a name of your own: name its checkpoint with --checkpoint")
     need_export_extra()
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, check_request
-    from cvx_deploy.exporters.hub import Source, fetch
+    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
     from cvx_deploy.exporters.quantized import Quantizing
     from cvx_deploy.quantize.layers import excluded_places
 
     quantizing = Quantizing(calibration, calibration_any_shape, excluded_places(exclude), quantize_attention)
-    where = checkpoint or MODELS[model].hub_id
-    request = ExportRequest(model=model, checkpoint=Path(where), shapes=shape, quantizing=quantizing, **options)
-    own = request.transformer is not None
-    source = Source(where, request.revision, request.variant, offline, own_transformer=own)
-    fetched = fetch(source, functools.partial(check_request, request), progress)
-    request = replace(request, checkpoint=fetched.folder, source=fetched.source, revision=fetched.revision)
+    request = ExportRequest(model=model, checkpoint=Path(), shapes=shape, quantizing=quantizing, **options)
+    request = fetched(request, checkpoint, offline, progress)
     bundle = bundle_from_checkpoint(request, output or engines_dir / model, progress)
     networks = {name: network.file.size for name, network in bundle.manifest.networks.items()}
     manifest = bundle.manifest
@@ -151,6 +145,32 @@ def export(
         "networks": networks,
     }
     return values, str(bundle.path)
+
+
+def fetched(request: "ExportRequest", checkpoint: str | None, offline: bool, progress: Progress) -> "ExportRequest":
+    """Return a request with its checkpoint where it lies here, fetched if it has to be.
+
+    Args:
+        request: Its model, revision and variant say what to fetch.
+        checkpoint: A folder or a hub's id; None for the model's own.
+        offline: Whether to do without the network.
+        progress: Shows the fetching.
+    """
+    from dataclasses import replace
+
+    from cvx_deploy.exporters.export import check_request
+    from cvx_deploy.exporters.hub import Source, fetch
+
+    if checkpoint is None and request.model in MINIATURES:
+        checkpoint = str(miniature(request.model))
+    if checkpoint is None and request.model not in MODELS:
+        raise click.UsageError(f"{request.model} is a name of your own: name its checkpoint with --checkpoint")
+    where = checkpoint or MODELS[request.model].hub_id
+    own = request.transformer is not None
+    source = Source(where, request.revision, request.variant, offline, own_transformer=own)
+    request = replace(request, checkpoint=Path(where))
+    found = fetch(source, functools.partial(check_request, request), progress)
+    return replace(request, checkpoint=found.folder, source=found.source, revision=found.revision)
 
 
 @cli.command()

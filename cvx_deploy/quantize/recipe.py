@@ -1,8 +1,8 @@
 """What each network computes in, and how it is quantized: the text after ``--precision``.
 
 A precision is a type to compute in (``fp32``, ``fp16``, ``bf16``), or a scheme, which keeps the weights, and in some
-the activations, of the linear layers in 8 or 4 bits; after a slash stands what the rest computes in, by default what the
-model was published in: ``int8``, ``fp8/fp16``. There is one for all networks, or one for each:
+the activations, of the linear layers in 8 or 4 bits; after a slash stands what the rest computes in, by default what
+the model was published in: ``int8``, ``fp8/fp16``. There is one for all networks, or one for each:
 ``transformer=fp8,text_encoder=int8wo``.
 """
 

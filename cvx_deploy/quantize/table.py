@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bundle import Precision
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.files import staged_file
 from cvx_deploy.models import Shape, Traits
@@ -33,13 +34,14 @@ class Conditions:
     """How a table came to be.
 
     Attributes:
-        checkpoint: A digest of the weights that were observed: names, types, shapes and bytes' places of every tensor.
+        checkpoint: A digest of the weights that were observed.
         traits: The architecture.
         shape: The video size.
         prompts: SHA-256 of the prompts' text, and `prompt_count` how many there were.
         steps: Of the sampler; `observed` are the indices of those whose activations were recorded.
         guidance_scale: 1 observes the conditional branch alone.
         percentile: Which one ``PLACE.percentile`` is, such as 99.99.
+        compute: What the model computed in.
         tools: Versions of the programs that made it.
     """
 
@@ -54,6 +56,7 @@ class Conditions:
     guidance_scale: float
     seed: int
     percentile: float
+    compute: Precision
     tools: dict[str, str]
 
 
@@ -112,6 +115,11 @@ class CalibrationTable:
             raise CalibrationError(f"{path} is damaged: it has no percentile of {missing[0]}", fix=_AGAIN)
         return cls(conditions, amax, {place: float(tensors[f"{place}.percentile"][0]) for place in amax})
 
+    def as_dict(self) -> dict[str, object]:
+        """Return how it came to be, and by place the largest value and the percentile."""
+        places = {place: [float(self.amax[place].max()), self.percentile[place]] for place in sorted(self.amax)}
+        return {"conditions": asdict(self.conditions), "places": places}
+
     def require(self, traits: Traits, checkpoint: str, shape: Shape, any_shape: bool) -> None:
         """Raise CalibrationError unless the table was made from this checkpoint at this shape.
 
@@ -146,3 +154,37 @@ def _conditions(path: Path, text: str | None) -> Conditions:
         return msgspec.convert(raw, Conditions)
     except msgspec.DecodeError as error:
         raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
+
+
+def describe(table: CalibrationTable) -> str:
+    """Return a table in words: how it came to be, and the places with the worst outliers."""
+    told = table.conditions
+    steps = ", ".join(str(step + 1) for step in told.observed)
+    widest = sorted(table.amax, key=lambda place: -_outlier(table, place))[:5]
+    return "\n".join(
+        [
+            f"{told.prompt_count} prompts at {told.shape}, steps {steps} of {told.steps}, guidance scale "
+            f"{told.guidance_scale:g}, seed {told.seed}, computed in {told.compute}",
+            f"{len(table.amax)} places; the largest value over percentile {told.percentile:g}, where it is worst:",
+            *(f"  {place}: {table.amax[place].max():.3g}, {_outlier(table, place):.1f} times" for place in widest),
+        ]
+    )
+
+
+def _outlier(table: CalibrationTable, place: str) -> float:
+    return float(table.amax[place].max()) / max(table.percentile[place], 1e-9)
+
+
+def describe_difference(first: CalibrationTable, second: CalibrationTable) -> tuple[dict[str, object], str]:
+    """Return what differs between two tables, as values and in words; ratios are the second's over the first's."""
+    mine, yours = asdict(first.conditions), asdict(second.conditions)
+    differing = {key: [mine[key], yours[key]] for key in mine if mine[key] != yours[key]}
+    shared = [place for place in first.amax if place in second.amax]
+    ratios = {place: float(second.amax[place].max() / max(first.amax[place].max(), 1e-9)) for place in shared}
+    furthest = sorted(ratios, key=lambda place: -abs(np.log(max(ratios[place], 1e-9))))
+    lonely = sorted(first.amax.keys() ^ second.amax.keys())
+    lines = [f"{key}: {old} and {new}" for key, (old, new) in differing.items()]
+    lines += [f"only in one: {place}" for place in lonely[:5]]
+    lines += [f"{place}: {ratios[place]:.3f} times" for place in furthest[:5] if ratios[place] != 1]
+    values: dict[str, object] = {"conditions": differing, "ratios": ratios, "only_in_one": lonely}
+    return values, "\n".join(lines) or "the two tables are the same"
