@@ -31,6 +31,7 @@ COMMANDS = [
     "refit",
     "run",
     "bench",
+    "plan",
     "inspect",
     "doctor",
     "verify",

@@ -25,3 +25,6 @@ HALF_ROUNDING = 2**-10
 
 REWRITE_RELATIVE = {"fp32": 1e-6, "fp16": 5e-3}
 """Largest difference a rewrite makes over the largest value: sums in another order; in fp16 a network's roundings."""
+
+PLANNED_MEMORY = 0.15
+"""Largest relative error of a predicted amount of memory: arenas grow in steps, kernels' own workspace is not known."""

@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, need_extra, reporting, sizes, which_bundle
-from cvx_deploy.models import Shape
+from cvx_deploy.cli.options import (
+    ENGINES_DIR,
+    MOVED_CHECKPOINT,
+    Result,
+    bytes_of,
+    need_extra,
+    reporting,
+    sizes,
+    which_bundle,
+)
+from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import Progress
 from cvx_deploy.report.baselines import BASELINES
 from cvx_deploy.runtime.open import ENGINES, EngineName
@@ -137,3 +146,47 @@ def _compared(files: tuple[Path, ...], fail: bool) -> Result:
         what = f"{len(found.regressions)} figures got worse: {', '.join(map(str, found.regressions))}"
         values["error"] = {"type": "CvxError", "what": what, "fix": "see the table, or measure again"}
     return values, str(found)
+
+
+@cli.command()
+@click.option("--model", required=True, type=click.Choice(list(MODELS)), help="A published model.")
+@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory there is, such as 12GB. Default: the GPU's.")
+@click.option("--gpu", metavar="NAME", help="Tell the least time on a GPU such as rtx4090, too.")
+@sizes("A video size, such as 49x480x720.", "the model's", several=False)
+@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps of a video.")
+@click.option("--no-guidance", is_flag=True, help="One sample a step instead of two, as with --guidance-scale 1.")
+@ENGINES_DIR
+@reporting
+def plan(
+    model: str,
+    vram: int | None,
+    gpu: str | None,
+    shape: Shape | None,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    steps: int,
+    no_guidance: bool,
+    engines_dir: Path,
+    progress: Progress,
+) -> Result:
+    """Tell what a published model takes, before anything is fetched, exported or built.
+
+    Memory by stage and precision, what fits, disk, and the least time of a step: by the compiled plan where the engines
+    folder has a built bundle of that name, else by the operations and bytes of the architecture.
+
+    \b
+    Examples:
+      cvx-deploy plan --model 5b --vram 12GB
+      cvx-deploy plan --model 2b --gpu rtx4090 --frames 25 --json
+    """
+    need_extra("tensorrt-rtx", "onnx", "psutil")
+    from cvx_deploy.build.gpus import gpu_named
+    from cvx_deploy.plan.compiled import step_seconds
+    from cvx_deploy.plan.plan import plan as plan_model
+
+    named, known = None if gpu is None else gpu_named(gpu), MODELS[model]
+    wanted = shape or Shape(frames or known.frames, height or known.height, width or known.width)
+    compiled = step_seconds(engines_dir / model, wanted, named, guided=not no_guidance) if named else {}
+    found = plan_model(known, wanted, vram=vram, gpu=named, guided=not no_guidance, steps=steps, compiled=compiled)
+    return found.as_dict(), str(found)

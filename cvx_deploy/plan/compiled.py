@@ -1,0 +1,32 @@
+"""The least time of a step by the compiled plan of a built bundle."""
+
+from pathlib import Path
+
+from cvx_deploy.build.gpus import Gpu
+from cvx_deploy.build.roofline import roofline
+from cvx_deploy.build.store import EngineStore
+from cvx_deploy.bundle import MANIFEST, Bundle
+from cvx_deploy.models import Shape
+from cvx_deploy.plan.memory import PrecisionName
+
+
+def step_seconds(folder: Path, shape: Shape, gpu: Gpu, *, guided: bool) -> dict[PrecisionName, float]:
+    """Return the seconds of a step in the bundle's precision; empty where there is no plan of that shape and batch.
+
+    A plan whose batch is chosen at run time has kernels of unknown size: it says nothing here.
+    """
+    if not (folder / MANIFEST).exists():
+        return {}
+    bundle = Bundle.read(folder)
+    precision: PrecisionName = bundle.manifest.precision
+    if shape not in bundle.shapes:
+        return {}
+    bundle, batch, store = bundle.at(shape), 2 if guided else 1, EngineStore(bundle)
+    for record in store.records():
+        fits = record.key.profile.get("batch") == (batch, batch, batch)
+        if record.network != bundle.network_name("transformer") or not fits:
+            continue
+        for compiled in store.plans(record):
+            if gpu.compute_capability in compiled.targets and not compiled.is_partial:
+                return {precision: roofline(compiled, gpu).seconds}
+    return {}
