@@ -35,8 +35,11 @@ TARGET = "sm89"
 BUILT = ("49x480x720", "17x256x384")
 # Checkpoint, shape, network and batch of every session.
 SESSIONS = (
-    *(("5b-tiny", "9x80x112", network, 2) for network in ("text_encoder", "transformer", "vae_decoder")),
-    *(("2b-tiny", "17x80x112", network, 2) for network in ("transformer", "vae_decoder")),
+    ("5b-tiny", "9x80x112", "text_encoder", 1),
+    ("5b-tiny", "9x80x112", "transformer", 2),
+    ("5b-tiny", "9x80x112", "vae_decoder", 1),
+    ("2b-tiny", "17x80x112", "transformer", 2),
+    ("2b-tiny", "17x80x112", "vae_decoder", 1),
     ("5b-wide", "9x192x192", "transformer", 2),
     ("5b-wide", "9x384x384", "transformer", 1),
     ("5b-wide", "9x384x384", "transformer", 2),

@@ -18,10 +18,11 @@ def step_seconds(folder: Path, shape: Shape, gpu: Gpu, *, guided: bool) -> dict[
     if not (folder / MANIFEST).exists():
         return {}
     bundle = Bundle.read(folder)
-    precision: PrecisionName = bundle.manifest.precision
     if shape not in bundle.shapes:
         return {}
     bundle, batch, store = bundle.at(shape), 2 if guided else 1, EngineStore(bundle)
+    network = bundle.network("transformer")
+    precision: PrecisionName = network.quantization.scheme if network.quantization else network.precision
     for record in store.records():
         fits = record.key.profile.get("batch") == (batch, batch, batch)
         if record.network != bundle.network_name("transformer") or not fits:

@@ -35,13 +35,14 @@ _GPU_MODULATION = 26.0  # of its output
 # ONNX Runtime 1.32 on a CPU, fp32, weights published in half precision.
 _CPU_TRANSFORMER = 19.2
 _CPU_TEXT = 16.0
-_CPU_DECODER = 11.5
-_CPU_STATE = 4.2  # of the caches: what it reads, writes, and puts before the frames of a chunk
+_CPU_DECODER = 11.0
+_CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
 _CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
 """Bytes held for a byte of weights: converted, and arranged for its kernels."""
 _CPU_LOADING: Final = {"text_encoder": 2.4, "modulation": 1.77, "transformer": 2.55, "vae_decoder": 1.65}
 """Bytes at the peak of loading for a byte of weights: the converted and the arranged ones beside each other."""
-_CPU_LAYER: Final = 2 << 20  # what a layer's nodes take, and in the VAE
+_CPU_TEXT_LAYER: Final = 3 << 20  # what the nodes of a layer take, of T5, of the transformer, and of the whole VAE
+_CPU_LAYER: Final = 2 << 20
 _CPU_DECODER_NODES: Final = 14 << 20
 
 
@@ -123,15 +124,17 @@ def gpu_needs(
 def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Network, Needs]:
     """Return what every network needs once it has been loaded in ONNX Runtime on a CPU, in fp32.
 
-    Attention is not one kernel there: the scores of all pairs of tokens are held.
+    Attention is not one kernel there: the scores of all pairs of tokens are held. A video of several chunks has two
+    sessions of the VAE, each with weights and memory of its own.
     """
     held = {name: int(_CPU_HELD[name] * size) for name, size in weight_bytes(architecture, "fp32").items()}
     text, transformer = architecture.text_encoder, architecture.transformer
     text_scores = 4 * text.heads * transformer.text_length**2
     state = architecture.decoder_state(shape)
+    sessions = 2 if state else 1
     return {
         "text_encoder": Needs(
-            held["text_encoder"] + _CPU_LAYER * text.layers,
+            held["text_encoder"] + _CPU_TEXT_LAYER * text.layers,
             _units(_CPU_TEXT, _text_unit(architecture, 4)) + text_scores,
         ),
         "modulation": Needs(held["modulation"], _modulation_rows(architecture)),
@@ -140,9 +143,9 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
             _units(_CPU_TRANSFORMER, _token_unit(architecture, shape, batch, 4)) + _scores(architecture, shape, batch),
         ),
         "vae_decoder": Needs(
-            (held["vae_decoder"] + _CPU_DECODER_NODES) * (2 if state else 1),
-            _units(_CPU_DECODER, _pixel_unit(architecture, shape, 4)),
-            _units(_CPU_STATE, state * 4),
+            sessions * (held["vae_decoder"] + _CPU_DECODER_NODES),
+            _units(sessions * _CPU_DECODER, _pixel_unit(architecture, shape, 4)),
+            _units(sessions * _CPU_STATE, state * 4),
         ),
     }
 
