@@ -8,19 +8,10 @@ import psutil
 
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
-
-# An upper bound of the builds in benchmarks/results/build.json: T5-XXL took 1.63 times its weights, the 5b
-# transformer 1.40 times.
-_BASE = 600 << 20
-_PER_WEIGHT_BYTE = 1.65
+from cvx_deploy.plan.memory import build_memory
 
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _QUANTIZED_BITS = {onnx.TensorProto.INT8: 8, onnx.TensorProto.FLOAT8E4M3FN: 8, onnx.TensorProto.INT4: 4}
-
-
-def build_memory(weight_bytes: int) -> int:
-    """Estimate the memory of a build, mapped weights left out, in bytes, from the bytes of the network's weights."""
-    return _BASE + int(_PER_WEIGHT_BYTE * weight_bytes)
 
 
 def require_memory(networks: Iterable[tuple[str, int]], kind: str, bundle: Bundle) -> None:

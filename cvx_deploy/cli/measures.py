@@ -180,7 +180,6 @@ def plan(
       cvx-deploy plan --model 5b --vram 12GB
       cvx-deploy plan --model 2b --gpu rtx4090 --frames 25 --json
     """
-    need_extra("tensorrt-rtx", "onnx", "psutil")
     from cvx_deploy.build.gpus import gpu_named
     from cvx_deploy.plan.compiled import step_seconds
     from cvx_deploy.plan.plan import plan as plan_model

@@ -46,6 +46,12 @@ _CPU_LAYER: Final = 2 << 20
 _CPU_DECODER_NODES: Final = 14 << 20
 
 
+# An upper bound of the builds in benchmarks/results/build.json: T5-XXL took 1.63 times its weights, the 5b
+# transformer 1.40 times.
+_BUILD_BASE: Final = 600 << 20
+_BUILD_PER_WEIGHT_BYTE: Final = 1.65
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes that a network needs.
@@ -154,6 +160,11 @@ def cpu_peak(architecture: Architecture, shape: Shape, batch: int) -> dict[Netwo
     """Return the most memory each network takes in ONNX Runtime, loading it and running it."""
     weights, needs = weight_bytes(architecture, "fp32"), cpu_needs(architecture, shape, batch)
     return {name: max(int(_CPU_LOADING[name] * weights[name]), needs[name].total) for name in NETWORKS}
+
+
+def build_memory(weight_bytes: int) -> int:
+    """Estimate the memory of a build, mapped weights left out, in bytes, from the bytes of the network's weights."""
+    return _BUILD_BASE + int(_BUILD_PER_WEIGHT_BYTE * weight_bytes)
 
 
 def tiled(shape: Shape) -> Shape:

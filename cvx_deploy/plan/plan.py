@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from cvx_deploy.build.gpus import Gpu
-from cvx_deploy.build.memory import build_memory
 from cvx_deploy.build.plan_report import size_text, time_text
 from cvx_deploy.errors import ShapeError
 from cvx_deploy.models import Limits, Model, Shape
@@ -18,6 +17,7 @@ from cvx_deploy.plan.memory import (
     Needs,
     Network,
     PrecisionName,
+    build_memory,
     cpu_peak,
     gpu_needs,
     tiled,

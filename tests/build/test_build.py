@@ -19,11 +19,11 @@ from cvx_deploy.build.build import BuildRequest, Outcome, build, jobs
 from cvx_deploy.build.engine import BuildSettings, compiled_plans, timing_cache, timing_cache_path
 from cvx_deploy.build.gate import facts_from_graph, judge
 from cvx_deploy.build.libraries import Library, load_library
-from cvx_deploy.build.memory import build_memory
 from cvx_deploy.build.store import EngineStore, Platform
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import BundleError, EngineError, OutputError
 from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.plan.memory import build_memory
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.runtime.vae import decode
 from tests.build.test_plan import INSPECTED_10

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,19 @@ def test_a_step_is_priced_by_the_compiled_plan_where_there_is_one(exported: Expo
     assert after["bf16"]["seconds"]["step"] != before["bf16"]["seconds"]["step"]
     assert after["fp16"] == before["fp16"]
     assert told(*words, "--no-guidance")["precisions"]["bf16"]["seconds"]["source"] == "architecture"
+
+
+def test_a_plan_needs_no_extra() -> None:
+    blocked = {"onnx", "psutil", "torch", "tensorrt_rtx", "matplotlib", "onnxruntime"}
+    program = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+sys.argv[1:] = ["plan", "--model", "5b", "--gpu", "rtx4090", "--quiet"]
+from cvx_deploy.cli import main
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
