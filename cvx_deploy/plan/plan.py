@@ -55,7 +55,7 @@ class Option:
 
     @property
     def residencies(self) -> dict[str, int]:
-        """Bytes at the largest stage for every way of running it, the fastest first."""
+        """Bytes at the largest stage for every way of running it, the plainest first."""
         return {
             "all resident": _all_resident(self.needs),
             "one stage at a time": max(_phases(self.needs).values()),
@@ -69,7 +69,7 @@ class Option:
         return {**_phases(self.needs), "vae, tiled": _phases(self.tiled)["vae"]}
 
     def residency(self, vram: int) -> str | None:
-        """Return the fastest way that fits into that much memory; None where there is none."""
+        """Return the plainest way that fits into that much memory; None where there is none."""
         return next((name for name, size in self.residencies.items() if size <= vram), None)
 
 

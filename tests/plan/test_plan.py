@@ -34,7 +34,7 @@ def test_every_model_has_a_plan_for_every_precision(name: str, tmp_path: Path) -
     assert all(option["seconds"] is None and option["fits"] is None for option in found["precisions"].values())
 
 
-def test_what_fits_is_the_fastest_way_that_does() -> None:
+def test_what_fits_is_the_plainest_way_that_does() -> None:
     for gigabytes, expected in (
         (80, "all resident"),
         (20, "one stage at a time"),
