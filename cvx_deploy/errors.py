@@ -12,6 +12,7 @@
     ├── RecipeError            a precision that does not exist, or that a network cannot have
     ├── CalibrationError       a calibration table that is missing, damaged, or of another model or shape
     ├── OutputError            a place that cannot be written, or that another process is writing
+    ├── ParityError            results that are further from eager PyTorch than their precision explains
     └── EngineError            an engine that is not installed, or cannot run this bundle
         └── OutOfMemoryError   the device has less memory than the engines need
 
@@ -70,6 +71,10 @@ class CalibrationError(CvxError):
 
 class OutputError(CvxError):
     """A place that cannot be written, or that another process is writing."""
+
+
+class ParityError(CvxError):
+    """Results that are further from eager PyTorch than their precision explains."""
 
 
 class EngineError(CvxError):

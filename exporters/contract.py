@@ -11,6 +11,7 @@ from optimum.utils import DummyInputGenerator, NormalizedConfig
 
 from cvx_deploy.bundle import Precision, TensorSpec
 from cvx_deploy.exporters.repeat import Blocks
+from cvx_deploy.report.thresholds import THRESHOLDS
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -67,7 +68,7 @@ class NetworkContract(ExporterConfig):  # type: ignore[misc]
     name: str
     component: str
     max_int: int = 1000
-    ATOL_FOR_VALIDATION = 2e-5
+    ATOL_FOR_VALIDATION = THRESHOLDS["fp32"].relative_max
 
     def __init__(self, config: dict[str, Any], precision: Precision) -> None:
         super().__init__(config, task=self.component, float_dtype=precision)

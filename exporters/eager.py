@@ -4,7 +4,6 @@ Weights are mapped, and copied only where their type changes. One network is hel
 """
 
 import contextlib
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -120,12 +119,8 @@ class EagerBackend:
     @contextlib.contextmanager
     def load(self, role: str, sizes: Mapping[str, int]) -> Iterator["EagerSession"]:
         """Load a network for the block; it runs at any size."""
-        network = eager_network(self._checkpoint, _COMPONENTS[role.partition("_")[0]], self._precision)
-        try:
-            yield EagerSession(self.bundle, role, network)
-        finally:
-            del network
-            gc.collect()
+        component = _COMPONENTS[role.partition("_")[0]]
+        yield EagerSession(self.bundle, role, eager_network(self._checkpoint, component, self._precision))
 
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the values: a session brings them to the device."""

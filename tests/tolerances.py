@@ -1,8 +1,8 @@
-"""How far results may be from diffusers', each with its reason. Every parity test reads this table."""
+"""How far results may be apart in tests: limits of `cvx_deploy.report.thresholds`, and those that tests alone need."""
 
-from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.report.thresholds import THRESHOLDS
 
-NETWORK_RELATIVE = NetworkContract.ATOL_FOR_VALIDATION
+NETWORK_RELATIVE = THRESHOLDS["fp32"].relative_max
 """Largest error of one fp32 network over its largest value; every contract states it."""
 
 BF16_RELATIVE = 5e-2
@@ -11,14 +11,14 @@ BF16_RELATIVE = 5e-2
 PIXELS_ABSOLUTE = 1e-3
 """Largest error of a pixel in [0, 1] after a whole fp32 pipeline: a quarter of an 8-bit step."""
 
-PIXELS_PSNR = 70.0
-"""Least PSNR in dB of a whole fp32 video: 8-bit rounding alone is 59 dB."""
+PIXELS_PSNR = THRESHOLDS["fp32"].psnr
+"""Least PSNR in dB of a whole fp32 video."""
 
-TF32_RELATIVE = 2e-2
-"""Largest error of one fp32 network on a GPU over its largest value: tensor cores round the factors to 10 bits."""
+TF32_RELATIVE = THRESHOLDS["tf32"].relative_max
+"""Largest error of one fp32 network on a GPU over its largest value."""
 
-TF32_PSNR = 35.0
-"""Least PSNR in dB of a whole fp32 video made on a GPU, for the same reason, over some steps."""
+TF32_PSNR = THRESHOLDS["tf32"].psnr
+"""Least PSNR in dB of a whole fp32 video made on a GPU."""
 
 HALF_ROUNDING = 2**-10
 """Largest error of one float16 operator over its largest value: two roundings to 11 bits."""

@@ -5,8 +5,8 @@ failure too. Exit codes: 0 done, 1 a stated failure, 2 wrong usage, 130 interrup
 commands, so that ``--help`` is instant.
 """
 
-from cvx_deploy.cli import bundles, checkpoints, engines, measures, quantize, videos
+from cvx_deploy.cli import bundles, checkpoints, checks, engines, measures, quantize, videos
 from cvx_deploy.cli.entry import main
 from cvx_deploy.cli.group import cli
 
-__all__ = ["bundles", "checkpoints", "cli", "engines", "main", "measures", "quantize", "videos"]
+__all__ = ["bundles", "checkpoints", "checks", "cli", "engines", "main", "measures", "quantize", "videos"]

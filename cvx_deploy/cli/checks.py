@@ -1,0 +1,69 @@
+"""The command that proves parity."""
+
+from pathlib import Path
+
+import click
+
+from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.options import Result, need_export_extra, reporting, shape_of, which_bundle
+from cvx_deploy.models import Shape
+from cvx_deploy.progress import Progress
+from cvx_deploy.runtime.open import ENGINES, EngineName
+
+
+@cli.command()
+@which_bundle
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="What it should agree with. Default: what it was exported from.",
+)
+@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="The last rung.")
+@click.option(
+    "--level",
+    type=click.Choice(["networks", "trajectory", "video"]),
+    default="video",
+    show_default=True,
+    help="Networks alone; the latents of every step, too; whole videos, too.",
+)
+@click.option("--shape", "shapes", type=shape_of, multiple=True, metavar="FxHxW", help="A size of it. Default: all.")
+@click.option("--prompt", metavar="TEXT", help="What is shown. Default: a red circle.")
+@click.option("--steps", type=click.IntRange(min=1), default=4, show_default=True, help="Denoising steps.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write check.json, .md, junit.xml, frames there."
+)
+@reporting
+def check(
+    path: Path,
+    checkpoint: Path | None,
+    engine: EngineName,
+    level: str,
+    shapes: tuple[Shape, ...],
+    prompt: str | None,
+    steps: int,
+    seed: int,
+    output: Path | None,
+    progress: Progress,
+) -> Result:
+    """Hold a bundle against diffusers, rung by rung: eager, ONNX, rewritten, quantized, engine.
+
+    Exit code 1 names the first rung that fails, and the layers at which the networks part.
+
+    \b
+    Examples:
+      cvx-deploy check --model mini
+      cvx-deploy check --model 5b --engine openvino --level networks --output report
+    """
+    need_export_extra("torch", "diffusers", "transformers", "onnx", "skimage")
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.report.check import PROMPT, CheckRequest
+    from cvx_deploy.testing import parity
+
+    request = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes)  # type: ignore[arg-type]
+    found = parity(Bundle.open(path), checkpoint, request, progress, output)
+    values = found.as_dict()
+    if found.error is not None:
+        values["error"] = {"type": "ParityError", "what": found.error.what, "fix": found.error.fix}
+    return values, str(found)

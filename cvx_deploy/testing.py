@@ -1,0 +1,94 @@
+"""Parity in tests: `assert_parity`; `cvx_deploy.pytest_plugin` has it as a fixture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cvx_deploy.bundle import Bundle
+from cvx_deploy.errors import CheckpointError
+from cvx_deploy.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from cvx_deploy.exporters.checkpoint import Checkpoint
+    from cvx_deploy.models import Shape
+    from cvx_deploy.report.check import CheckRequest
+    from cvx_deploy.report.difference import Video
+    from cvx_deploy.report.ladder import Level, Parity
+    from cvx_deploy.runtime.open import EngineName
+
+
+def assert_parity(
+    bundle: Path | str,
+    checkpoint: Path | str | None = None,
+    *,
+    level: "Level" = "video",
+    engine: "EngineName" = "onnxruntime",
+    steps: int = 4,
+    output: Path | str | None = None,
+) -> "Parity":
+    """Fail unless a bundle agrees with its checkpoint in diffusers, at every shape and batch.
+
+    Args:
+        bundle: Its folder.
+        checkpoint: A folder in diffusers layout; None for the one the bundle was exported from.
+        level: ``networks``; ``trajectory``, which adds the latents of every step; ``video``, which adds the pixels.
+        engine: What the last rung runs on.
+        steps: Denoising steps.
+        output: Where to put the reports, if anywhere.
+
+    Raises:
+        AssertionError: Naming the first rung that fails, and the layers at which the networks part.
+        CvxError: The bundle or the checkpoint cannot be read.
+    """
+    from cvx_deploy.report.check import CheckRequest
+
+    source, folder = (None if path is None else Path(path) for path in (checkpoint, output))
+    request = CheckRequest(engine, level, steps=steps)
+    found = parity(Bundle.open(Path(bundle)), source, request, SilentProgress(), folder)
+    if found.error is not None:
+        raise AssertionError(f"{found.error}\n{found}")
+    return found
+
+
+def parity(
+    bundle: Bundle, checkpoint: Path | None, request: "CheckRequest", progress: Progress, output: Path | None
+) -> "Parity":
+    """Check a bundle, and write the reports and one picture a shape to `output`."""
+    from cvx_deploy.report.check import check
+    from cvx_deploy.report.forms import save_frames, write_report
+
+    def show(shape: "Shape", eager: "Video", engine: "Video") -> None:
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            name = "contact.png" if shape == first else f"contact_{shape}.png"
+            factor = save_frames(output / name, eager, engine)
+            progress.note(f"{output / name}: diffusers, the engine, and the difference, {factor:.0f} times")
+
+    first = (request.shapes or bundle.shapes)[0]
+    source = _checkpoint_of(bundle, checkpoint)
+    found = check(_with_weights(bundle, source), source, request, progress, show)
+    if output is not None:
+        write_report(found, output)
+    return found
+
+
+def _checkpoint_of(bundle: Bundle, checkpoint: Path | None) -> "Checkpoint":
+    """Return the checkpoint a bundle should agree with; a miniature's folder is both."""
+    from cvx_deploy.exporters.checkpoint import Checkpoint
+
+    manifest = bundle.manifest
+    recorded = Path(manifest.checkpoint)
+    inside = bundle.path if (bundle.path / "model_index.json").is_file() else recorded
+    root = checkpoint or (recorded if recorded.is_absolute() and recorded.is_dir() else inside)
+    if not root.is_dir():
+        raise CheckpointError(
+            f"the checkpoint {root} that {bundle.path} was exported from is not there", fix="name it with --checkpoint"
+        )
+    transformer = None if manifest.transformer is None else Path(manifest.transformer)
+    return Checkpoint(root, manifest.provenance.get("variant"), transformer)
+
+
+def _with_weights(bundle: Bundle, checkpoint: "Checkpoint") -> Bundle:
+    """Return the bundle with weights that are neither in it nor where they were taken from the checkpoint."""
+    outside = any(not entry.in_bundle for entry in bundle.manifest.weights.values())
+    gone = outside and not Path(bundle.manifest.checkpoint).is_dir()
+    return bundle.with_checkpoint(checkpoint.root) if gone else bundle
