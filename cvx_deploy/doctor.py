@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from cvx_deploy.build.libraries import ENGINE_KINDS, Library, load_library
 from cvx_deploy.build.store import EngineStore, Platform
 from cvx_deploy.bundle import MANIFEST, Bundle
 from cvx_deploy.errors import BundleError, CvxError, EngineError
+from cvx_deploy.files import free_space, nearest_folder
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.runtime.cuda import CudaPython, Gpu
 from cvx_deploy.runtime.open import OPENVINO
@@ -91,7 +91,7 @@ def diagnose(engines_dir: Path) -> Diagnosis:
         _openvino(),
         *(_library_finding(kind, found) for kind, found in libraries.items()),
     ]
-    here = [Platform(gpu.name, gpu.compute_capability, gpu.driver) for gpu in gpus]
+    here = [Platform.of(gpu) for gpu in gpus]
     usable = [found for found in libraries.values() if isinstance(found, Library)]
     for place in _bundles(engines_dir):
         findings += _bundle(place, usable, here)
@@ -116,13 +116,12 @@ def _machine(engines_dir: Path) -> Iterator[Finding]:
         yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
     except ImportError:
         yield Finding("note", "memory", "unknown without psutil", 'pip install "cvx-deploy[tensorrt-rtx]"')
-    place = next(folder for folder in (engines_dir.absolute(), *engines_dir.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
+    free = free_space(engines_dir)
     enough = free >= _LEAST_DISK
     yield Finding(
         "ok" if enough else "problem",
         "disk",
-        f"{free / 1e9:.1f} GB free at {place}",
+        f"{free / 1e9:.1f} GB free at {nearest_folder(engines_dir)}",
         "" if enough else "make room: an engine is as large as its weights, 11 GB for a 5b transformer in bf16",
     )
 

@@ -35,9 +35,20 @@ def sums_of(hashes: dict[str, str]) -> bytes:
     return "".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode()
 
 
+def free_space(folder: Path) -> int:
+    """Return the bytes that are free where a folder lies, or will lie: it need not be there yet."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return a folder, or the nearest above it that is there."""
+    place = folder.absolute()
+    return next(there for there in (place, *place.parents) if there.is_dir())
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise OutputError unless `needed` bytes are free where `folder` lies, so that hours of writing are not lost."""
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if free < needed:
         raise OutputError(
             f"{needed:,} bytes are to be written into {folder}, where {free:,} are free",

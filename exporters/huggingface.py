@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -36,6 +35,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from cvx_deploy.errors import CheckpointError, CvxError, OutputError
 from cvx_deploy.exporters.checkpoint import PICKLES, only_pickles
+from cvx_deploy.files import free_space
 from cvx_deploy.progress import Advance, Progress
 
 _WORKERS = 8
@@ -161,8 +161,7 @@ class HubRepository:
         have = sum(part.stat().st_size for part in parts if part.is_file())
         have += sum(file.size for file in files if self._blob(file).is_file())
         need = sum(file.size for file in files) - have
-        place = next(folder for folder in (self._storage, *self._storage.parents) if folder.is_dir())
-        free = shutil.disk_usage(place).free
+        free = free_space(self._storage)
         if need > free:
             raise OutputError(
                 f"{self._name} needs {need / 1e9:,.1f} GB more in {constants.HF_HUB_CACHE}, which has "

@@ -21,26 +21,27 @@ from cvx_deploy.build.engine import (
     timing_cache_path,
     write_engine,
 )
+from cvx_deploy.build.gate import Findings, facts_from_graph, judge
 from cvx_deploy.build.libraries import Library
 from cvx_deploy.build.memory import require_memory, weight_bytes_of
-from cvx_deploy.build.network import Attention, attention_layers, parsed_network
+from cvx_deploy.build.network import Attention, attention_layers, onnx_model, parsed_network
 from cvx_deploy.build.store import (
     EngineKey,
     EngineRecord,
     EngineStore,
     Platform,
     Profile,
+    WrittenEngine,
     gpu_targets,
-    plans_to_json,
 )
-from cvx_deploy.bundle import Bundle, StoredFile
+from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import BundleError, EngineError
-from cvx_deploy.files import require_space, sha256_of, staged_file
+from cvx_deploy.files import require_space, staged_file
 from cvx_deploy.miniatures import is_packaged
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
 from cvx_deploy.report.memory import MemoryWatch
-from cvx_deploy.runtime.vae import DECODER, encoder, tile_planes
+from cvx_deploy.runtime.vae import DECODER, encoder, planes
 
 _FIRST_WITH_FP8 = 89
 _DENOISER = "transformer"
@@ -132,6 +133,13 @@ def _require_fp8(bundle: Bundle, todo: list[Job], targets: tuple[str, ...]) -> N
             )
 
 
+def judged(bundle: Bundle, outcome: Outcome) -> list[Findings]:
+    """Return the fusion gate's findings, for every target and profile of an engine."""
+    graph = onnx_model(bundle, outcome.record.network).graph
+    facts = facts_from_graph(graph, outcome.role, bundle.manifest.networks[outcome.record.network].precision)
+    return [judge(plan, facts) for plan in EngineStore(bundle).plans(outcome.record)]
+
+
 def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
     """Return an engine's job for every network of every shape; shapes that need the same engine share it.
 
@@ -148,7 +156,7 @@ def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
             if request.networks and name not in request.networks:
                 continue
             for profile in _profiles(bundle, role, entry.shape, request):
-                symbols = _symbols(bundle, name)
+                symbols = set().union(*(spec.symbols for spec in bundle.manifest.networks[name].inputs))
                 job = Job(name, role, {symbol: extent for symbol, extent in profile.items() if symbol in symbols})
                 if job not in found:
                     found.append(job)
@@ -158,23 +166,16 @@ def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
 def _profiles(bundle: Bundle, role: str, shape: Shape, request: BuildRequest) -> Iterator[Profile]:
     """Yield the sizes that a role's network must take at a shape: one set each engine."""
     vae = bundle.manifest.vae
-    planes = [(shape.height // vae.spatial, shape.width // vae.spatial)]
-    if request.vae_tiling and role.startswith("vae"):
-        half = DECODER if role.startswith("vae_decoder") else encoder(vae)
-        planes = tile_planes(vae, half, shape.height, shape.width)
+    half = encoder(vae) if role.startswith("vae_encoder") else DECODER
+    tiled = request.vae_tiling and role.startswith("vae")
     # The text encoder takes one prompt at a time.
     least, most = request.batch if role == _DENOISER else (1, 1)
-    for height, width in planes:
+    for height, width in planes(vae, half, shape, tiled=tiled):
         yield {
             "batch": (least, most, most),
             "latent_height": (height, height, height),
             "latent_width": (width, width, width),
         }
-
-
-def _symbols(bundle: Bundle, name: str) -> set[str]:
-    inputs = bundle.manifest.networks[name].inputs
-    return {size.rpartition("*")[2] for spec in inputs for size in spec.shape if isinstance(size, str)}
 
 
 def _key(library: Library, bundle: Bundle, job: Job, request: BuildRequest) -> EngineKey:
@@ -242,30 +243,14 @@ class _Compiler:
 
     def build(self, store: EngineStore, job: Job, key: EngineKey) -> EngineRecord:
         """Build one engine and write it, its plan and its record: the record last, which makes it known."""
-        path = store.folder / f"{job.network}-{key.digest}.engine"
+        path = store.place(key, job.network)
         require_space(self.bundle.path, weight_bytes_of(self.bundle, job.network))
         start = time.perf_counter()
         with MemoryWatch() as memory, staged_file(path) as staging:
             built, attention = self._compiled(job, key, staging)
-            text = plans_to_json(compiled_plans(self.library, built.messages, staging, key.targets))
-        plan = path.with_suffix(".plan.json")
-        with staged_file(plan) as staging:
-            staging.write_bytes(text)
-        inside = f"{store.folder.name}/"
-        record = EngineRecord(
-            key=key,
-            network=job.network,
-            file=StoredFile(inside + path.name, built.size, built.sha256),
-            mtime_ns=path.stat().st_mtime_ns,
-            plan=StoredFile(inside + plan.name, len(text), sha256_of(plan)),
-            attention=attention,
-            seconds=round(time.perf_counter() - start, 2),
-            peak_bytes=memory.peak_bytes,
-            private_bytes=memory.private_bytes,
-            built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        )
-        store.keep(record)
-        return record
+            plans = compiled_plans(self.library, built.messages, staging, key.targets)
+        engine = WrittenEngine(built.size, built.sha256, attention, time.perf_counter() - start, memory)
+        return store.enter(key, job.network, engine, plans)
 
     def _compiled(self, job: Job, key: EngineKey, path: Path) -> tuple[BuiltFile, Attention]:
         """Compile a network; attention that no fused kernel takes is taken apart, and that is said.

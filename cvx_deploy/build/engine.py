@@ -158,7 +158,7 @@ def _set_profile(builder: Any, config: Any, described: Network, profile: Profile
     ranges = builder.create_optimization_profile()
     varies = False
     for spec in described.inputs:
-        symbols = {size.rpartition("*")[2] for size in spec.shape if isinstance(size, str)} - fixed
+        symbols = spec.symbols - fixed
         if symbols:
             varies = True
             sizes = [{symbol: extent[which] for symbol, extent in profile.items()} for which in range(3)]

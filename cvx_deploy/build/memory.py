@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import onnx
 import psutil
 
+from cvx_deploy.build.network import onnx_model
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
 from cvx_deploy.plan.memory import build_memory
@@ -35,7 +36,7 @@ def require_memory(networks: Iterable[tuple[str, int]], kind: str, bundle: Bundl
 
 def weight_bytes_of(bundle: Bundle, name: str) -> int:
     """Return the bytes of a network's weights in the type it computes in."""
-    graph = onnx.ModelProto.FromString(bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()).graph
+    graph = onnx_model(bundle, name).graph
     computed = 8 * _SIZES[bundle.manifest.networks[name].precision]
     external = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     bits: int = sum(math.prod(tensor.dims) * _QUANTIZED_BITS.get(tensor.data_type, computed) for tensor in external)

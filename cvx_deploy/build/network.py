@@ -36,13 +36,19 @@ class ParsedNetwork:
 
     Attributes:
         definition: TensorRT's ``INetworkDefinition``.
-        weight_bytes: Bytes of its weights as they are stored.
         held: What must not be let go of before the build ends: the parser, and the mapped weight files.
     """
 
     definition: Any
-    weight_bytes: int
     held: tuple[Any, ...]
+
+
+def onnx_model(bundle: Bundle, name: str) -> onnx.ModelProto:
+    """Read one of the bundle's networks; weights outside of its file stay there."""
+    model: onnx.ModelProto = onnx.ModelProto.FromString(
+        bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()
+    )
+    return model
 
 
 @contextlib.contextmanager
@@ -56,7 +62,7 @@ def parsed_network(
         BundleError: A weight file is missing or altered.
     """
     described = bundle.manifest.networks[name]
-    model = onnx.ModelProto.FromString(bundle.inside(described.file.path).read_bytes())
+    model = onnx_model(bundle, name)
     _fix_sizes(model.graph, described, profile)
     api = library.module
     flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -70,8 +76,7 @@ def parsed_network(
             raise _refused(parser, library, name)
     if not parser.parse_model_proto():
         raise _refused(parser, library, name)
-    weight_bytes = sum(content.nbytes for content in weights.values())
-    yield ParsedNetwork(definition, weight_bytes, (parser, weights))
+    yield ParsedNetwork(definition, (parser, weights))
 
 
 def mapped_weights(

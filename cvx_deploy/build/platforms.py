@@ -8,7 +8,6 @@ from cvx_deploy.runtime.cuda import CudaPython
 def platform_here(device: int = 0) -> Platform | None:
     """Describe a GPU of this machine; None where none can be used."""
     try:
-        gpu = CudaPython().gpu(device)
+        return Platform.of(CudaPython().gpu(device))
     except EngineError:
         return None
-    return Platform(gpu.name, gpu.compute_capability, gpu.driver)

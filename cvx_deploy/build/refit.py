@@ -17,11 +17,12 @@ import onnx
 from numpy.typing import NDArray
 
 from cvx_deploy.build.libraries import EngineKind, Library
-from cvx_deploy.build.network import mapped_weights
-from cvx_deploy.build.store import EngineKey, EngineRecord, EngineStore, Platform, plans_to_json
-from cvx_deploy.bundle import MANIFEST, Bundle, Manifest, StoredFile, may_replace
+from cvx_deploy.build.network import mapped_weights, onnx_model
+from cvx_deploy.build.plan import CompiledPlan
+from cvx_deploy.build.store import EngineKey, EngineRecord, EngineStore, Platform, WrittenEngine
+from cvx_deploy.bundle import MANIFEST, Bundle, Manifest, may_replace
 from cvx_deploy.errors import EngineError, OutputError
-from cvx_deploy.files import place_file, require_space, sha256_of, staged_directory, staged_file
+from cvx_deploy.files import place_file, require_space, staged_directory, staged_file
 from cvx_deploy.progress import Progress
 from cvx_deploy.report.memory import MemoryWatch
 from cvx_deploy.runtime.trt_engine import EngineLoader
@@ -194,38 +195,20 @@ def _refitted(
     """Load one of the base's engines, exchange its weights, and write it, its plan and its record."""
     start = time.perf_counter()
     name, key, store = record.network, _key(library, bundle, record, here), EngineStore(bundle)
-    graph = _graph(bundle, name)
-    changed = _changed(_graph(base, name), graph)
+    graph = onnx_model(bundle, name).graph
+    changed = _changed(onnx_model(base, name).graph, graph)
     require_space(bundle.path, record.file.size)
-    path = store.folder / f"{name}-{key.digest}.engine"
+    path = store.place(key, name)
     with progress.task(f"refit {name}"), MemoryWatch() as memory:
         native = loader.deserialize(EngineStore(base).path(record), name)
         _exchange(library, loader, native, name, _Weights(bundle, name, graph, progress), changed)
         content = memoryview(_serialized(library, loader, native, name))
         with staged_file(path) as staging:
             staging.write_bytes(content)
-    plans = _plans(library, base, record, here)
-    plan = path.with_suffix(".plan.json")
-    plan.write_bytes(plans)
-    refitted = replace(
-        record,
-        key=key,
-        file=StoredFile(f"{store.folder.name}/{path.name}", content.nbytes, hashlib.sha256(content).hexdigest()),
-        mtime_ns=path.stat().st_mtime_ns,
-        plan=StoredFile(f"{store.folder.name}/{plan.name}", len(plans), sha256_of(plan)),
-        seconds=round(time.perf_counter() - start, 2),
-        peak_bytes=memory.peak_bytes,
-        private_bytes=memory.private_bytes,
-        built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )
-    store.keep(refitted)
+    size, digest = content.nbytes, hashlib.sha256(content).hexdigest()
+    engine = WrittenEngine(size, digest, record.attention, time.perf_counter() - start, memory)
+    refitted = store.enter(key, name, engine, _plans(library, base, record, here))
     return Refitted(refitted, len(changed))
-
-
-def _graph(bundle: Bundle, name: str) -> onnx.GraphProto:
-    path = bundle.inside(bundle.manifest.networks[name].file.path)
-    graph: onnx.GraphProto = onnx.ModelProto.FromString(path.read_bytes()).graph
-    return graph
 
 
 def _changed(before: onnx.GraphProto, after: onnx.GraphProto) -> set[str]:
@@ -303,10 +286,10 @@ def _serialized(library: Library, loader: EngineLoader, native: Any, name: str) 
     return content
 
 
-def _plans(library: Library, base: Bundle, record: EngineRecord, here: Platform) -> bytes:
-    """Return the text of the plan of an engine that was refitted here: the kernels are those of the engine before."""
+def _plans(library: Library, base: Bundle, record: EngineRecord, here: Platform) -> tuple[CompiledPlan, ...]:
+    """Return the plans of an engine that was refitted here: the kernels are those of the engine before."""
     plans = EngineStore(base).plans(record)
     if library.ahead_of_time:
         of_here = (plan for plan in plans if here.capability in plan.targets)
         plans = tuple(replace(plan, targets=(here.capability,)) for plan in of_here)
-    return plans_to_json(plans)
+    return plans

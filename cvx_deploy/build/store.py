@@ -5,10 +5,11 @@ where every part of its key holds; where none is, the failure says which part di
 """
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,6 +19,9 @@ from cvx_deploy.bundle import Bundle, StoredFile
 from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.files import sha256_of, staged_file
 from cvx_deploy.runtime.cuda import Gpu
+
+if TYPE_CHECKING:
+    from cvx_deploy.report.memory import MemoryWatch
 
 FOLDER = "engines"
 _PLAN = ".plan.json"
@@ -154,6 +158,22 @@ class EngineRecord:
     version: int = RECORD_VERSION
 
 
+@dataclass(frozen=True)
+class WrittenEngine:
+    """An engine file that was just written at its place, and what it took.
+
+    Attributes:
+        attention: See `EngineRecord`.
+        memory: Of the process while it was made.
+    """
+
+    size: int
+    sha256: str
+    attention: str
+    seconds: float
+    memory: "MemoryWatch"
+
+
 def plans_to_json(plans: tuple[CompiledPlan, ...]) -> bytes:
     """Return the text of ``plan.json``: a list of plans."""
     return b"[" + b",".join(plan.to_json() for plan in plans) + b"]\n"
@@ -222,15 +242,22 @@ class EngineStore:
 
     def reuse(self, key: EngineKey, network: str) -> EngineRecord | None:
         """Return the engine with exactly this key, when it is there and whole."""
-        for record in self.records():
-            if record.network == network and record.key == key:
-                try:
-                    self.path(record)
-                    self._bundle.check_file(record.plan)
-                except BundleError:
-                    return None
-                return record
-        return None
+        record = _read(self._record_path(key, network))
+        if record is None or record.network != network or record.key != key:
+            return None
+        try:
+            self.path(record)
+            self._bundle.check_file(record.plan)
+        except BundleError:
+            return None
+        return record
+
+    def place(self, key: EngineKey, network: str) -> Path:
+        """Return where the engine of a network with this key lies, or is to be written."""
+        return self.folder / f"{network}-{key.digest}.engine"
+
+    def _record_path(self, key: EngineKey, network: str) -> Path:
+        return self.place(key, network).with_suffix(".json")
 
     def path(self, record: EngineRecord) -> Path:
         """Return where an engine lies, after making sure that it is the one that was built.
@@ -256,7 +283,31 @@ class EngineStore:
         self._bundle.check_file(record.plan)
         return plans_from_json(self._bundle.inside(record.plan.path).read_bytes())
 
+    def enter(
+        self, key: EngineKey, network: str, engine: WrittenEngine, plans: tuple[CompiledPlan, ...]
+    ) -> EngineRecord:
+        """Write the plan and the record of an engine that lies at its place: the record last, which makes it known."""
+        path, text = self.place(key, network), plans_to_json(plans)
+        plan = path.with_suffix(_PLAN)
+        with staged_file(plan) as staging:
+            staging.write_bytes(text)
+        inside = f"{self.folder.name}/"
+        record = EngineRecord(
+            key=key,
+            network=network,
+            file=StoredFile(inside + path.name, engine.size, engine.sha256),
+            mtime_ns=path.stat().st_mtime_ns,
+            plan=StoredFile(inside + plan.name, len(text), hashlib.sha256(text).hexdigest()),
+            attention=engine.attention,
+            seconds=round(engine.seconds, 2),
+            peak_bytes=engine.memory.peak_bytes,
+            private_bytes=engine.memory.private_bytes,
+            built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        self.keep(record)
+        return record
+
     def keep(self, record: EngineRecord) -> None:
         """Write an engine's record, which makes the engine known."""
-        with staged_file(self.folder / f"{record.network}-{record.key.digest}.json") as staging:
+        with staged_file(self._record_path(record.key, record.network)) as staging:
             staging.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")

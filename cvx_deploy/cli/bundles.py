@@ -13,6 +13,7 @@ from cvx_deploy.cli.options import (
     need_export_extra,
     plain_name,
     reporting,
+    verdict_values,
     which_bundle,
 )
 from cvx_deploy.progress import Progress
@@ -91,11 +92,7 @@ def verify(path: Path, checkpoint: Path | None, load: bool, quick: bool, progres
     bundle = Bundle.read(path)
     moved = bundle.with_checkpoint(checkpoint) if checkpoint else bundle
     found = verify_bundle(moved, progress, load=load, quick=quick)
-    values = found.as_dict()
-    if found.unsound:
-        what = f"{path} is not sound: see {', '.join(found.unsound)}"
-        values["error"] = {"type": "BundleError", "what": what, "fix": bundle.remedy}
-    return values, str(found)
+    return verdict_values(found, bundle), str(found)
 
 
 @cli.command()

@@ -15,8 +15,10 @@ from cvx_deploy.cli.options import (
     bytes_of,
     need_export_extra,
     need_extra,
+    open_bundle,
     plain_name,
     reporting,
+    verdict_values,
     which_bundle,
 )
 from cvx_deploy.progress import Progress
@@ -112,16 +114,13 @@ def build(
       cvx-deploy build --model 5b --engine tensorrt-rtx --target sm89 --target sm120
     """
     need_extra("tensorrt-rtx", "onnx", "psutil")
-    from cvx_deploy.build.build import BuildRequest
+    from cvx_deploy.build.build import BuildRequest, judged
     from cvx_deploy.build.build import build as build_engines
     from cvx_deploy.build.engine import BuildSettings
     from cvx_deploy.build.libraries import choose_library
     from cvx_deploy.build.platforms import platform_here
-    from cvx_deploy.bundle import Bundle
 
-    bundle = Bundle.open(path)
-    if checkpoint is not None:
-        bundle = bundle.with_checkpoint(checkpoint)
+    bundle = open_bundle(path, checkpoint)
     if engine == "onnxruntime":
         return _loaded(bundle, progress)
     library = choose_library(engine, ahead_of_time=bool(targets))
@@ -129,7 +128,7 @@ def build(
     outcomes, verdicts = [], []
     for outcome in build_engines(library, bundle, request, progress):
         outcomes.append(outcome)
-        verdicts.append(_judged(bundle, outcome))
+        verdicts.append(judged(bundle, outcome))
         progress.note("\n".join(map(str, verdicts[-1])))
     values: dict[str, Any] = {
         "bundle": str(path),
@@ -149,25 +148,8 @@ def _loaded(bundle: "Bundle", progress: Progress) -> Result:
     from cvx_deploy.verify import verify
 
     found = verify(bundle, progress, load=True, quick=True)
-    values: dict[str, Any] = {"bundle": str(bundle.path), "engine": "onnxruntime", "engines": [], **found.as_dict()}
-    if found.unsound:
-        what = f"{bundle.path} is not sound: see {', '.join(found.unsound)}"
-        values["error"] = {"type": "BundleError", "what": what, "fix": bundle.remedy}
+    values = {**verdict_values(found, bundle), "engine": "onnxruntime", "engines": []}
     return values, f"{found}\nonnxruntime runs the graphs as they are: there is nothing to compile"
-
-
-def _judged(bundle: "Bundle", outcome: "Outcome") -> list["Findings"]:
-    """Return the fusion gate's findings, for every target and profile of an engine."""
-    import onnx
-
-    from cvx_deploy.build.gate import facts_from_graph, judge
-    from cvx_deploy.build.store import EngineStore
-
-    record = outcome.record
-    network = bundle.manifest.networks[record.network]
-    graph = onnx.ModelProto.FromString(bundle.inside(network.file.path).read_bytes()).graph
-    facts = facts_from_graph(graph, outcome.role, network.precision)
-    return [judge(plan, facts) for plan in EngineStore(bundle).plans(record)]
 
 
 def _fails(findings: list["Findings"]) -> bool:
@@ -239,9 +221,7 @@ def refit(
     from cvx_deploy.bundle import Bundle
     from cvx_deploy.exporters.rewire import write_with_loras, write_without_loras
 
-    bundle = Bundle.open(path)
-    if checkpoint is not None:
-        bundle = bundle.with_checkpoint(checkpoint)
+    bundle = open_bundle(path, checkpoint)
     if restore:
         rewrite = functools.partial(write_without_loras, bundle, progress=progress)
     else:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,10 @@ from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress, RichProgress, SilentProgress
+
+if TYPE_CHECKING:
+    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.verify import Verification
 
 Result = tuple[dict[str, Any], str]
 """What a command returns: the JSON object, and the text that says the same to a person."""
@@ -125,6 +129,23 @@ ENGINES_DIR = click.option(
 MOVED_CHECKPOINT = click.option(
     "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Where the bundle's weights have moved to."
 )
+
+
+def open_bundle(path: Path, checkpoint: Path | None) -> "Bundle":
+    """Open a bundle whose weights may have moved, as `MOVED_CHECKPOINT` says."""
+    from cvx_deploy.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    return bundle if checkpoint is None else bundle.with_checkpoint(checkpoint)
+
+
+def verdict_values(found: "Verification", bundle: "Bundle") -> dict[str, Any]:
+    """Return what was found out about a bundle as plain values, and as a failure where it is not sound."""
+    values = found.as_dict()
+    if found.unsound:
+        what = f"{bundle.path} is not sound: see {', '.join(found.unsound)}"
+        values["error"] = {"type": "BundleError", "what": what, "fix": bundle.remedy}
+    return values
 
 
 LORAS = click.option(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, reporting, sizes, which_bundle
+from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
 from cvx_deploy.runtime.open import ENGINES, EngineName, compiled, engine_version, on_gpu, open_backend
@@ -96,7 +96,6 @@ def run(
       cvx-deploy run --model 5b-i2v --image panda.png --prompt "the panda waves" --seed 7
       cvx-deploy run --model 5b --engine tensorrt --vram 12GB --prompt "a panda plays guitar"
     """
-    from cvx_deploy.bundle import Bundle
     from cvx_deploy.runtime.pipeline import RunRequest, networks_needed
     from cvx_deploy.runtime.pipeline import run as run_pipeline
     from cvx_deploy.runtime.prompt_cache import PromptCache
@@ -104,9 +103,7 @@ def run(
 
     _check_engine(engine, threads, devices, vram, no_cuda_graphs)
     request = RunRequest(output=output, **options)
-    bundle = Bundle.open(path)
-    if checkpoint is not None:
-        bundle = bundle.with_checkpoint(checkpoint)
+    bundle = open_bundle(path, checkpoint)
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
     cache = None

@@ -142,9 +142,7 @@ def networks_needed(
         if request.image is not None or request.video is not None:
             halves.append(vae.encoder(vae_facts))
     for half in halves:
-        planes = [(shape.height // vae_facts.spatial, shape.width // vae_facts.spatial)]
-        if request.vae_tiling:
-            planes = vae.tile_planes(vae_facts, half, shape.height, shape.width)
+        planes = vae.planes(vae_facts, half, shape, tiled=request.vae_tiling)
         for role in filter(bundle.has, (half.first, half.following)):
             needed += [(role, {"latent_height": height, "latent_width": width}) for height, width in planes]
     return needed

@@ -62,7 +62,7 @@ class TensorRtBackend:
         self._number, self._graphs, self._vram = device, cuda_graphs, vram
         self._progress = progress or SilentProgress()
         gpu = cuda.gpu(device)
-        self._platform = Platform(gpu.name, gpu.compute_capability, gpu.driver)
+        self._platform = Platform.of(gpu)
         cuda.use(device)
         self._loader = EngineLoader(library, gpu.compute_capability, self._progress.note)
         self._memory = DeviceMemory(cuda)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle import Vae
+from cvx_deploy.models import Shape
 from cvx_deploy.progress import Advance
 from cvx_deploy.runtime.backend import Backend, DeviceTensor, Session
 from cvx_deploy.runtime.noise import Generator
@@ -96,8 +97,11 @@ def count_tiles(backend: Backend, half: Half, height: int, width: int) -> int:
     return len(grid.rows.starts) * len(grid.columns.starts)
 
 
-def tile_planes(vae: Vae, half: Half, height: int, width: int) -> list[tuple[int, int]]:
-    """Return the sizes of the tiles that a video of `height` x `width` pixels is cut into, in latents, each once."""
+def planes(vae: Vae, half: Half, shape: Shape, *, tiled: bool) -> list[tuple[int, int]]:
+    """Return the heights and widths, in latents, that a half works at: the frame's, or each of its tiles' once."""
+    height, width = shape.height, shape.width
+    if not tiled:
+        return [(height // vae.spatial, width // vae.spatial)]
     scale = vae.spatial if half.downscale == 1 else 1
     grid = _Grid.of(vae, half, height // scale, width // scale)
     rows, columns = (
