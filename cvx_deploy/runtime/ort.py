@@ -66,18 +66,25 @@ class OrtBackend:
         threads: Threads within an operator on the CPU; None for one per core.
         progress: Told when a weight file must be hashed again, which takes a while on a large one.
         device: The CUDA device; None for the CPU.
+        reference: Whether to run what the CPU multiplies in float32 for want of kernels, fp8: slow, and right.
 
     Raises:
         EngineError: The CPU has no kernels for this precision, or ONNX Runtime cannot use that GPU.
     """
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, progress: Progress | None = None, device: int | None = None
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        device: int | None = None,
+        *,
+        reference: bool = False,
     ) -> None:
         if device is not None:
             _check_device(device)
         else:
-            _check_precision(bundle)
+            _check_precision(bundle, reference=reference)
         self.bundle = bundle
         self._memory = _Memory(device)
         self._threads = threads
@@ -157,14 +164,14 @@ def _disabled(network: Network) -> list[str]:
     return [] if network.quantization is None else ["MatMulAddFusion"]
 
 
-def _check_precision(bundle: Bundle) -> None:
+def _check_precision(bundle: Bundle, *, reference: bool) -> None:
     """Raise EngineError for what ONNX Runtime has no CPU kernels for, or none that multiply in 8 bits."""
     if "bf16" in bundle.manifest.computes_in:
         raise EngineError(
             f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
             fix="run it with --engine openvino, or export with --precision fp32, or int8/fp32",
         )
-    if "fp8" in bundle.manifest.multiplies_in:
+    if "fp8" in bundle.manifest.multiplies_in and not reference:
         raise EngineError(
             f"{bundle.path} multiplies in fp8, which no CPU can: ONNX Runtime would compute in float32, more slowly",
             fix="export with --precision int8/fp32, or run it with --engine tensorrt-rtx or tensorrt",
