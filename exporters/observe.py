@@ -83,9 +83,10 @@ def observed(network: torch.nn.Module, layers: list[str], prefix: str, observati
         sharing: dict[str, list[str]] = {}
         for layer in layers:
             sharing.setdefault(leader(layer), []).append(layer)
-        for first, others in sharing.items():
+        for first, alike in sharing.items():
             module = network.get_submodule(first)
-            stack.callback(module.register_forward_pre_hook(_watch(prefix, others, observations)).remove)
+            alike.sort(key=lambda layer: layer != first)
+            stack.callback(module.register_forward_pre_hook(_watch(prefix, alike, observations)).remove)
         attention = _Attention(observations)
         for block in sorted({layer.partition(".attn1.")[0] for layer in layers if ".attn1." in layer}):
             module = network.get_submodule(f"{block}.attn1")

@@ -14,8 +14,15 @@ from cvx_deploy.bundle import Bundle
 from cvx_deploy.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-_SOURCES = ("exporters", "cvx_deploy/graph", "cvx_deploy/bundle.py", "cvx_deploy/files.py", "cvx_deploy/models.py")
-_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
+_SOURCES = (
+    "exporters",
+    "cvx_deploy/graph",
+    "cvx_deploy/quantize",
+    "cvx_deploy/bundle.py",
+    "cvx_deploy/files.py",
+    "cvx_deploy/models.py",
+)
+_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum", "torchao")
 
 Tiny = Callable[[str], Path]
 Exported = Callable[..., Bundle]

@@ -1,0 +1,74 @@
+"""Calibration tables on disk."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cvx_deploy.errors import CalibrationError
+from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.quantize.prompts import SHIPPED, read_prompts
+from cvx_deploy.quantize.table import CalibrationTable, Conditions, describe, describe_difference
+
+TRAITS = MODELS["5b"].traits
+CONDITIONS = Conditions(1, "d" * 64, TRAITS, Shape(9, 80, 112), "p" * 64, 2, 4, (0, 2, 3), 6.0, 0, 99.99, "bf16", {})
+AMAX = {"a": np.array([1, 4], np.float32), "b": np.array([2], np.float32)}
+TABLE = CalibrationTable(CONDITIONS, AMAX, {"a": 3.0, "b": 2.0})
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    TABLE.write(tmp_path / "table")
+    found = CalibrationTable.read(tmp_path / "table")
+    assert found.conditions == CONDITIONS
+    assert found.percentile == TABLE.percentile
+    assert all(np.array_equal(found.amax[place], AMAX[place]) for place in AMAX)
+    assert "2 prompts at 9x80x112" in describe(found)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_what_is_no_number_is_neither_written_nor_read(broken: float, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="b were not numbers"):
+        replace(TABLE, amax=AMAX | {"b": np.array([broken], np.float32)})
+
+
+def test_damaged_tables_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    with pytest.raises(CalibrationError, match="there is no calibration table"):
+        CalibrationTable.read(path)
+    TABLE.write(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(CalibrationError, match="damaged"):
+        CalibrationTable.read(path)
+    path.write_bytes(whole.replace(b'\\"schema_version\\": 1', b'\\"schema_version\\": 9'))
+    with pytest.raises(CalibrationError, match="schema version 9"):
+        CalibrationTable.read(path)
+    path.write_bytes(whole.replace(b"calibration", b"calibratiom"))
+    with pytest.raises(CalibrationError, match="no calibration table"):
+        CalibrationTable.read(path)
+
+
+def test_a_table_of_another_model_or_shape_is_refused() -> None:
+    shape = CONDITIONS.shape
+    TABLE.require(TRAITS, "d" * 64, shape, any_shape=False)
+    TABLE.require(TRAITS, "d" * 64, Shape(17, 80, 112), any_shape=True)
+    with pytest.raises(CalibrationError, match="made at 9x80x112, the export is for 17x80x112"):
+        TABLE.require(TRAITS, "d" * 64, Shape(17, 80, 112), any_shape=False)
+    for traits, checkpoint in ((MODELS["2b"].traits, "d" * 64), (TRAITS, "e" * 64)):
+        with pytest.raises(CalibrationError, match="another model"):
+            TABLE.require(traits, checkpoint, shape, any_shape=True)
+
+
+def test_two_tables_are_compared() -> None:
+    other = replace(TABLE, conditions=replace(CONDITIONS, seed=3), amax=AMAX | {"b": np.array([4], np.float32)})
+    values, text = describe_difference(TABLE, other)
+    assert values["conditions"] == {"seed": [0, 3]}
+    assert "b: 2.000 times" in text
+    assert describe_difference(TABLE, TABLE)[1] == "the two tables are the same"
+
+
+def test_the_shipped_prompts_are_64_different_ones() -> None:
+    prompts = read_prompts()
+    assert len(set(prompts)) == len(prompts) == 64
+    assert SHIPPED.is_file()
