@@ -237,12 +237,14 @@ class _Climb:
             if not all(np.isfinite(array).all() for array in outputs.values()):
                 self._judge(self.rungs["eager"], view, role, case, outputs, outputs)
         for rung, open_, bundle in self._openers():
-            tried = _tried(open_, bundle.at(view.shape), role, cases)
-            for (case, outputs), found in zip(expected, tried, strict=True):
+            there = bundle.at(view.shape)
+            failed: list[tuple[Case, CvxError]] = []
+            for (case, outputs), found in zip(expected, _tried(open_, there, role, cases), strict=True):
                 if isinstance(found, CvxError):
-                    self._fail(rung, view, role, case, found)
+                    failed.append((case, found))
                 else:
-                    self._judge(rung, bundle.at(view.shape), role, case, found, outputs)
+                    self._judge(rung, there, role, case, found, outputs)
+            self._did_not_run(rung, view, role, failed, some_ran=len(failed) < len(cases))
         return expected
 
     def _judge(self, rung: Rung, view: Bundle, role: str, case: Case, found: Arrays, expected: Arrays) -> None:
@@ -263,12 +265,16 @@ class _Climb:
         engine = self.request.engine if rung.name == "engine" else self.graph_engine
         return THRESHOLDS[_row_on(engine or "onnxruntime", "fp32" if rung.name == "eager" else row_of(network))]
 
-    def _fail(self, rung: Rung, view: Bundle, role: str, case: Case, error: CvxError) -> None:
-        name = view.network_name(role)
-        if rung.name == "engine" and compiled(self.request.engine) and "batch" in case.sizes:
-            rung.notes.append(f"{name} was not run at {case.label}: {error.what}")
-        else:
-            rung.networks.append(NetworkResult(name, str(view.shape), case.label, None, (error.what,)))
+    def _did_not_run(
+        self, rung: Rung, view: Bundle, role: str, failed: list[tuple[Case, CvxError]], *, some_ran: bool
+    ) -> None:
+        """Note the batch sizes that no engine was compiled for, as long as there is one; all else is a failure."""
+        name, optional = view.network_name(role), rung.name == "engine" and compiled(self.request.engine)
+        for case, error in failed:
+            if optional and some_ran:
+                rung.notes.append(f"{name} was not run at {case.label}: {error.what}")
+            else:
+                rung.networks.append(NetworkResult(name, str(view.shape), case.label, None, (error.what,)))
 
     def _hold(self, rung: Rung, view: Bundle, latents: tuple[Frames, ...], frames: Frames, video: "EagerVideo") -> None:
         """Hold a whole run against that of diffusers in float32."""

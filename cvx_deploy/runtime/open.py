@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
@@ -40,6 +41,11 @@ def engine_version(engine: EngineName) -> str:
         from cvx_deploy.build.libraries import load_library
 
         return load_library(engine).version
+    if engine == "openvino":
+        try:
+            return version("openvino")
+        except PackageNotFoundError as error:
+            raise EngineError("openvino is not installed here", fix=OPENVINO) from error
     import onnxruntime
 
     return str(onnxruntime.__version__)

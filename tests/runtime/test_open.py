@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.runtime import cuda, trt
 from cvx_deploy.runtime.finite import FiniteBackend
-from cvx_deploy.runtime.open import ENGINES, EngineName, on_gpu, open_backend
+from cvx_deploy.runtime.open import ENGINES, EngineName, engine_version, on_gpu, open_backend
 from cvx_deploy.runtime.ort import OrtBackend, OrtSession
 from cvx_deploy.runtime.pipeline import RunRequest, networks_needed, run
 from tests.command import cvx
@@ -35,6 +36,11 @@ def test_onnxruntime_is_opened_on_the_cpu(mini: Bundle) -> None:
     with open_backend("onnxruntime", mini) as backend:
         assert isinstance(backend, OrtBackend)
         assert isinstance(backend.to_device(np.zeros(3)).numpy(), np.ndarray)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_version_of_an_engine_is_its_own(engine: EngineName) -> None:
+    assert engine_version(engine) == version(engine)
 
 
 def test_onnxruntime_cuda_is_opened_on_the_device_that_is_named(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
