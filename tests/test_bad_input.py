@@ -431,7 +431,7 @@ DAMAGED_BUNDLES: dict[str, tuple[Damage, str]] = {
         "ONNX Runtime failed in text_encoder",
     ),
     "bfloat16": (
-        manifest(lambda raw: raw.update(precision="bf16")),
+        manifest(lambda raw: raw["networks"]["transformer"].update(precision="bf16")),
         "{bundle} computes in bf16, which ONNX Runtime has",
     ),
 }
@@ -710,7 +710,7 @@ WAITING_EXPORT = """
 import sys, time
 from cvx_deploy.exporters import export
 
-def wait(contract, checkpoint, path, rewrites):
+def wait(contract, checkpoint, path, *options):
     path.write_bytes(b"half a network")
     print("now: half way", file=sys.stderr, flush=True)
     time.sleep(60)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, LORAS, Result, need_export_extra, plain_name, reporting, sizes
+from cvx_deploy.cli.options import (
+    ENGINES_DIR,
+    LORAS,
+    Result,
+    need_export_extra,
+    plain_name,
+    precision_text,
+    reporting,
+    sizes,
+)
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import Progress
@@ -65,6 +74,7 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
     default="fp32",
     show_default=True,
     metavar="PRECISION",
+    callback=precision_text,
     help="fp32, fp16, bf16 (not for ONNX Runtime on a CPU), or quantized: int8, int8wo, int4wo, fp8. See below.",
 )
 @click.option(
@@ -121,7 +131,7 @@ def export(
       cvx-deploy export --model 5b --checkpoint checkpoints/CogVideoX-5b --frames 25
       cvx-deploy export --model 5b --shape 49x480x720 --shape 25x480x720 --lora style.safetensors:0.8
       cvx-deploy export --model 5b --precision int8wo
-      cvx-deploy export --model 5b --precision int8/fp32 --calibration engines/5b.calibration.safetensors
+      cvx-deploy export --model 5b --precision int8/fp32 --calibration 5b.calibration.safetensors
     """
     need_export_extra()
     from dataclasses import asdict

@@ -50,6 +50,18 @@ def plain_name(_: click.Context, __: click.Parameter, name: str | None) -> str |
     return name
 
 
+def precision_text(_: click.Context, __: click.Parameter, text: str) -> str:
+    """Refuse a precision that makes no sense."""
+    from cvx_deploy.errors import RecipeError
+    from cvx_deploy.quantize.recipe import Recipe
+
+    try:
+        Recipe.parse(text, "bf16")
+    except RecipeError as error:
+        raise click.BadParameter(str(error).removesuffix(".")) from error
+    return text
+
+
 def shape_of(text: str) -> Shape:
     """Return the shape that a word such as 49x480x720 names."""
     try:

@@ -77,7 +77,7 @@ def quantize(
     Examples:
       cvx-deploy quantize --model 5b
       cvx-deploy quantize --model 5b --shape 9x240x360 --num-prompts 8
-      cvx-deploy quantize --model 5b --sensitivity --calibration engines/5b.calibration.safetensors --min-psnr 30
+      cvx-deploy quantize --model 5b --sensitivity --calibration 5b.safetensors --min-psnr 30
       cvx-deploy quantize --show engines/5b.calibration.safetensors
     """
     need_export_extra()

@@ -3,10 +3,11 @@
 Before: ``MatMul(x, Transpose(W))``
 After:  ``MatMul(DQ(Q(x * smoother, s), s), DQ(Wq, weight_scale))``, Wq of shape (in, out)
 
-The smoother and the pair at x stand there once for all layers that take the same x, the first only where the scheme
-smooths, the pair only where activations are quantized. Zero points are zero; activations state theirs, since ONNX
-Runtime fuses no pair without. Scales are of the type the layer computes in: TensorRT takes no two types of them in one
-product. A weight keeps its initializer's name; ``<layer>.weight_scale`` and ``<layer>.input_smoother`` join it.
+The smoother stands at x once for all layers that take the same x, where the scheme smooths; the pair, where activations
+are quantized, before each layer by itself, since ONNX Runtime multiplies in 8 bits only where a Q serves one DQ, and
+the DQ one product. Zero points are zero; activations state theirs, since it fuses no pair without. Scales are of the
+type the layer computes in: TensorRT takes no two types of them in one product. A weight keeps its initializer's name;
+``<layer>.weight_scale`` and ``<layer>.input_smoother`` join it.
 
 Before: ``Attention(q, k, v)``
 After:  ``MatMul(QDQ(Softmax(MatMul(QDQ(q), QDQ(k^T)) * scale)), QDQ(v))``, in E4M3
@@ -61,13 +62,13 @@ def quantize_graph(model: ir.Model, placement: Placement, name_of: Callable[[str
     Raises:
         ValueError: The graph lacks a layer that is to be quantized, or its attention.
     """
-    quantized: dict[tuple[ir.Value, str], ir.Value] = {}
+    smoothed: dict[tuple[ir.Value, str], ir.Value] = {}
     missing = set(placement.layers)
     for matmul, weight in _linears(model):
         layer = name_of(str(weight.name)).removesuffix(".weight")
         if layer in missing:
             missing.remove(layer)
-            _quantize_layer(model, matmul, weight, layer, placement, quantized)
+            _quantize_layer(model, matmul, weight, layer, placement, smoothed)
     attention = set(placement.attention)
     for node in [node for node in model.graph if node.op_type == "Attention"]:
         block = _block_of(node, placement)
@@ -93,7 +94,7 @@ def _quantize_layer(
     weight: ir.Value,
     layer: str,
     placement: Placement,
-    quantized: dict[tuple[ir.Value, str], ir.Value],
+    smoothed: dict[tuple[ir.Value, str], ir.Value],
 ) -> None:
     scheme, scale = placement.scheme, placement.layers[layer]
     x, transposed = matmul.inputs
@@ -101,9 +102,11 @@ def _quantize_layer(
     assert transposed is not None
     if scale is not None:
         key = (x, leader(layer))
-        if key not in quantized:
-            quantized[key] = _quantized_input(model, matmul, x, _first(weight, layer), scheme, scale)
-        matmul.replace_input_with(0, quantized[key])
+        if scheme.smooth and key not in smoothed:
+            smoothed[key] = _smoothed(model, matmul, x, _first(weight, layer))
+        assert scheme.activations is not None
+        x = smoothed.get(key, x)
+        matmul.replace_input_with(0, _rounded(model, matmul, x, scale, scheme.activations, f"{matmul.name}/Input"))
     matmul.replace_input_with(1, _dequantized_weight(model, matmul, weight, transposed, scheme))
 
 
@@ -113,18 +116,12 @@ def _first(weight: ir.Value, layer: str) -> str:
     return own.removesuffix(layer) + leader(layer) if own.endswith(layer) else own
 
 
-def _quantized_input(
-    model: ir.Model, matmul: ir.Node, x: ir.Value, first: str, scheme: Scheme, scale: float
-) -> ir.Value:
-    name = str(matmul.name)
-    if scheme.smooth:
-        assert x.shape is not None
-        smoother = _initializer(model, f"{first}.{SMOOTHER}", (x.shape[-1],), x.dtype)
-        smooth = made("Mul", [x, smoother], x, f"{name}/Smooth")
-        model.graph.insert_before(matmul, smooth)
-        x = smooth.outputs[0]
-    assert scheme.activations is not None
-    return _rounded(model, matmul, x, scale, scheme.activations, f"{name}/Input")
+def _smoothed(model: ir.Model, matmul: ir.Node, x: ir.Value, first: str) -> ir.Value:
+    assert x.shape is not None
+    smoother = _initializer(model, f"{first}.{SMOOTHER}", (x.shape[-1],), x.dtype)
+    smooth = made("Mul", [x, smoother], x, f"{matmul.name}/Smooth")
+    model.graph.insert_before(matmul, smooth)
+    return smooth.outputs[0]
 
 
 def _rounded(model: ir.Model, before: ir.Node, x: ir.Value, scale: float, dtype: str, name: str) -> ir.Value:
