@@ -198,6 +198,13 @@ def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iter
             "ONNX Runtime has no bf16 on the CPU",
             "use --engine openvino, or export with --precision fp32",
         )
+    if "fp8" in bundle.manifest.multiplies_in:
+        yield Finding(
+            "note",
+            subject,
+            "no CPU multiplies in fp8",
+            "use --engine tensorrt-rtx or tensorrt on a GPU from sm89 on, or export with --precision int8/fp32",
+        )
     for library in libraries:
         yield from _engines(bundle, subject, library, gpus)
 
