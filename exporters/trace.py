@@ -35,6 +35,7 @@ _IR_DTYPES = {
     "I8": ir.DataType.INT8,
     "I4": ir.DataType.INT4,
 }
+_FLOATING = {"F64", "F32", "F16", "BF16"}
 
 
 def onnx_from_contract(
@@ -145,7 +146,8 @@ def _point_at(model: ir.Model, value: ir.Value, known: str, stored: StoredTensor
             f"{where}: tensor {known} has shape {list(stored.shape)}, the config asks for {list(value.shape)}",
             fix="the checkpoint and its config.json do not belong together: fetch both again",
         )
-    if stored.dtype not in _IR_DTYPES:
+    # A type of 8 or 4 bits belongs to a layer that the graph dequantizes: without a scale its values say nothing.
+    if stored.dtype not in _IR_DTYPES or (stored.dtype not in _FLOATING and _IR_DTYPES[stored.dtype] != value.dtype):
         raise CheckpointError(
             f"{where}: tensor {known} is {stored.dtype}", fix="use a checkpoint of floating point weights"
         )

@@ -5,12 +5,13 @@ import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle import Bundle, Precision
 from cvx_deploy.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,12 @@ def _made(path: Path, make: Callable[[], object]) -> Path:
         if not path.exists():
             make()
     return path
+
+
+def in_precision(bundle: Bundle, precision: Precision) -> Bundle:
+    """Return a bundle whose manifest says that every network computes in that."""
+    networks = {name: replace(network, precision=precision) for name, network in bundle.manifest.networks.items()}
+    return replace(bundle, manifest=replace(bundle.manifest, precision=precision, networks=networks))
 
 
 @pytest.fixture(scope="session")

@@ -129,10 +129,10 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        *((b"", "is damaged"), (b"{", "is damaged"), (b'{"schema_version": 3}', "missing required field `model`")),
+        *((b"", "is damaged"), (b"{", "is damaged"), (b'{"schema_version": 4}', "missing required field `model`")),
         *((b"\xff\xfe", "is damaged"), (b"[" * 100_000, "is damaged"), (b'{"schema_version": NaN}', "is damaged")),
         *((b"[]", "schema version None"), (b'"text"', "schema version None"), (b"null", "schema version None")),
-        *((b'{"schema_version": 1}', "schema version 1, this program reads 3"), (b"{}", "schema version None")),
+        *((b'{"schema_version": 1}', "schema version 1, this program reads 4"), (b"{}", "schema version None")),
     ],
 )
 def test_a_manifest_that_is_none_is_one_stated_failure(bundle: Bundle, text: bytes, what: str) -> None:
@@ -376,4 +376,4 @@ def test_the_manifest_is_json_that_a_person_can_read(bundle: Bundle) -> None:
     text = bundle.manifest.to_json().decode()
     assert json.loads(text)["networks"]["vae"]["state"] == {"cache": "new_cache"}
     assert json.loads(text) == json.loads(json.dumps(asdict(bundle.manifest)))
-    assert text.startswith('{\n  "schema_version": 3,\n')
+    assert text.startswith('{\n  "schema_version": 4,\n')

@@ -18,12 +18,12 @@ def bundle(tmp_path: Path) -> Bundle:
 def test_the_words_name_model_shape_precision_and_scheduler(bundle: Bundle) -> None:
     first, second, *_ = describe(bundle).splitlines()
     assert first == "5b: text-to-video, rope positions, 9x80x112, 17x80x112 at 8 fps"
-    assert second == "computes in fp32; scheduler dpm; 226 text tokens"
+    assert second == "precision fp32; scheduler dpm; 226 text tokens"
 
 
 def test_the_words_name_every_network_with_its_inputs_and_outputs(bundle: Bundle) -> None:
     lines = describe(bundle).splitlines()
-    assert "vae  vae.onnx  19 bytes" in lines
+    assert "vae  vae.onnx  19 bytes  fp32" in lines
     assert "  in   pixels  float32  BCFHW (1, 3, 9, 8*latent_height, 8*latent_width)" in lines
 
 

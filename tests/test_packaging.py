@@ -62,11 +62,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
+FOR_USERS_TESTS = {"cvx_deploy/testing.py", "cvx_deploy/pytest_plugin.py"}
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = contents(wheel)
     assert {name.split("/")[0] for name in names} == {"cvx_deploy", f"cvx_deploy-{cvx_deploy.__version__}.dist-info"}
     assert "cvx_deploy/py.typed" in names
-    assert not [name for name in names if "test" in name or "__pycache__" in name]
+    assert not [name for name in names if ("test" in name and name not in FOR_USERS_TESTS) or "__pycache__" in name]
 
 
 def test_wheel_holds_the_exporters_as_real_files(wheel: Path) -> None:

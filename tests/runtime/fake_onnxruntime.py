@@ -104,12 +104,21 @@ class _Session:
 
     runtime: FakeOnnxRuntime
 
-    def __init__(self, graph: bytes, options: Any, providers: list[Any], enable_fallback: int) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        options: Any,
+        providers: list[Any],
+        enable_fallback: int,
+        disabled_optimizers: list[str],
+    ) -> None:
         assert enable_fallback == 0, "it would go on without the GPU"
         self.runtime.providers.append(providers)
         self.runtime.happened("load")
         self._told = options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
-        self._real = _InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._real = _InferenceSession(
+            graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled_optimizers
+        )
 
     def get_providers(self) -> list[str]:
         return [*(["CUDAExecutionProvider"] if self.runtime.usable else []), "CPUExecutionProvider"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +14,7 @@ from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.runtime.finite import FiniteBackend
 from cvx_deploy.runtime.pipeline import RunRequest, run
+from tests.conftest import in_precision
 
 Outputs = dict[str, NDArray[np.float32]]
 
@@ -25,8 +25,7 @@ class Damaged:
     def __init__(
         self, precision: Precision = "fp32", role: str = "", at: int = 0, values: tuple[float, ...] = ()
     ) -> None:
-        bundle = Bundle.open(miniature("mini"))
-        self.bundle = replace(bundle, manifest=replace(bundle.manifest, precision=precision))
+        self.bundle = in_precision(Bundle.open(miniature("mini")), precision)
         self.role, self.at, self.values = role, at, values
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cvx_deploy.progress import SilentProgress
 from cvx_deploy.runtime import vae
 from cvx_deploy.runtime.ort import OrtBackend, OrtSession
 from cvx_deploy.runtime.pipeline import RunRequest, run
-from tests.conftest import Exported
+from tests.conftest import Exported, in_precision
 from tests.runtime.fake_onnxruntime import FakeOnnxRuntime
 
 STEPS = 3
@@ -159,7 +158,7 @@ def test_an_onnxruntime_that_cannot_tell_is_too_old(mini: Bundle, monkeypatch: p
 
 
 def test_bf16_runs_on_a_gpu_and_not_on_the_cpu(fake: FakeOnnxRuntime, mini: Bundle) -> None:
-    bf16 = replace(mini, manifest=replace(mini.manifest, precision="bf16"))
+    bf16 = in_precision(mini, "bf16")
     assert OrtBackend(bf16, device=0).bundle is bf16
     with pytest.raises(EngineError, match="no CPU kernels"):
         OrtBackend(bf16)

@@ -19,6 +19,7 @@ from cvx_deploy.runtime.prompt_cache import PromptCache
 from cvx_deploy.runtime.run_report import RunReport
 from cvx_deploy.runtime.sampler import Latents
 from tests.command import cvx
+from tests.conftest import in_precision
 
 PROMPT = "a red circle moves to the right"
 
@@ -121,7 +122,7 @@ def test_what_decides_an_embedding_is_in_its_name(mini: Bundle, request_: RunReq
         "graph": encoder_with(mini, "0" * 64),
         "weights": weights_with(mini, "0" * 64),
         "tokenizer": manifest_with(mini, tokenizer=tokenizer),
-        "precision": manifest_with(mini, precision="fp16"),
+        "precision": in_precision(mini, "fp16"),
         "text_length": manifest_with(mini, text_length=64),
     }
     for what, bundle in others.items():
