@@ -1,7 +1,7 @@
 """How far results may be from eager PyTorch in fp32, by precision, with the reasons. Every parity check reads it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cvx_deploy.bundle import Network
 
@@ -31,6 +31,37 @@ class Thresholds:
     reason: str
 
 
+_FP16 = Thresholds(
+    relative_max=2e-2,
+    relative_l2=1e-2,
+    cosine=1 - 1e-4,
+    drift=5e-2,
+    psnr=35.0,
+    ssim=0.97,
+    flicker=5e-3,
+    reason="11 bits a product and a sum, over tens of layers",
+)
+_BF16 = Thresholds(
+    relative_max=1e-1,
+    relative_l2=5e-2,
+    cosine=1 - 2e-3,
+    drift=2e-1,
+    psnr=25.0,
+    ssim=0.85,
+    flicker=2e-2,
+    reason="8 bits a product, over tens of layers; eager bfloat16 is as far from float32",
+)
+_INT8 = Thresholds(
+    relative_max=2e-1,
+    relative_l2=1e-1,
+    cosine=1 - 5e-3,
+    drift=3e-1,
+    psnr=20.0,
+    ssim=0.75,
+    flicker=3e-2,
+    reason="activations of 8 bits besides: their outliers set the scale that all others are rounded by",
+)
+
 THRESHOLDS: dict[str, Thresholds] = {
     "fp32": Thresholds(
         relative_max=2e-5,
@@ -43,46 +74,10 @@ THRESHOLDS: dict[str, Thresholds] = {
         reason="float32 sums in another order, hundreds of layers deep; guidance multiplies the error of a step by "
         "about ten. 8-bit rounding alone is 59 dB",
     ),
-    "tf32": Thresholds(
-        relative_max=2e-2,
-        relative_l2=1e-2,
-        cosine=1 - 1e-4,
-        drift=5e-2,
-        psnr=35.0,
-        ssim=0.97,
-        flicker=5e-3,
-        reason="a GPU's tensor cores round the factors of float32 products to 10 bits",
-    ),
-    "fp16": Thresholds(
-        relative_max=2e-2,
-        relative_l2=1e-2,
-        cosine=1 - 1e-4,
-        drift=5e-2,
-        psnr=35.0,
-        ssim=0.97,
-        flicker=5e-3,
-        reason="11 bits a product and a sum, over tens of layers",
-    ),
-    "bf16": Thresholds(
-        relative_max=1e-1,
-        relative_l2=5e-2,
-        cosine=1 - 2e-3,
-        drift=2e-1,
-        psnr=25.0,
-        ssim=0.85,
-        flicker=2e-2,
-        reason="8 bits a product, over tens of layers; eager bfloat16 is as far from float32",
-    ),
-    "int8wo": Thresholds(
-        relative_max=1e-1,
-        relative_l2=5e-2,
-        cosine=1 - 2e-3,
-        drift=2e-1,
-        psnr=25.0,
-        ssim=0.85,
-        flicker=2e-2,
-        reason="weights of 8 bits with a scale a row round as coarsely as bfloat16",
-    ),
+    "tf32": replace(_FP16, reason="a GPU's tensor cores round the factors of float32 products to 10 bits"),
+    "fp16": _FP16,
+    "bf16": _BF16,
+    "int8wo": replace(_BF16, reason="weights of 8 bits with a scale a row round as coarsely as bfloat16"),
     "int4wo": Thresholds(
         relative_max=3e-1,
         relative_l2=2e-1,
@@ -93,25 +88,9 @@ THRESHOLDS: dict[str, Thresholds] = {
         flicker=4e-2,
         reason="weights of 4 bits: 15 values for each group of 128, each a tenth off on average",
     ),
-    "int8": Thresholds(
-        relative_max=2e-1,
-        relative_l2=1e-1,
-        cosine=1 - 5e-3,
-        drift=3e-1,
-        psnr=20.0,
-        ssim=0.75,
-        flicker=3e-2,
-        reason="activations of 8 bits besides: their outliers set the scale that all others are rounded by",
-    ),
-    "fp8": Thresholds(
-        relative_max=2e-1,
-        relative_l2=1e-1,
-        cosine=1 - 5e-3,
-        drift=3e-1,
-        psnr=20.0,
-        ssim=0.75,
-        flicker=3e-2,
-        reason="4 bits a factor, with an exponent: a relative error of 3% each, which sums average out",
+    "int8": _INT8,
+    "fp8": replace(
+        _INT8, reason="4 bits a factor, with an exponent: a relative error of 3% each, which sums average out"
     ),
 }
 """By precision; a result is held against its own, a finer one's results pass a coarser one's limits."""
