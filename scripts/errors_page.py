@@ -17,8 +17,8 @@ CAUSES = {
     "CheckpointError": "A checkpoint folder, config, shard, adapter or tensor is missing, damaged, or could not be "
     "fetched. Downloads that break off leave whole files alone and go on where they stopped; a damaged file is fetched "
     "again after it has been deleted.",
-    "WrongModelError": "The checkpoint or adapter is healthy, but another model's: names or shapes of its tensors are not "
-    "those of the model that was asked for, or a folder was passed for another component.",
+    "WrongModelError": "The checkpoint or adapter is healthy, but another model's: names or shapes of its tensors are "
+    "not those of the model that was asked for, or a folder was passed for another component.",
     "ShapeError": "A video size that the model cannot do (the VAE halves space three times and time twice, the "
     "transformer patches what is left), or that this bundle was not exported for.",
     "BundleError": "A file of a bundle, a packed bundle, or an engine in it is missing, truncated, altered, of another "
@@ -35,19 +35,20 @@ CAUSES = {
     "at work there. Nothing that was there before is lost, and nothing half-written is left.",
     "ParityError": "Results that are further from eager PyTorch than their precision explains; "
     "[parity.md](parity.md) says where to look for each rung.",
-    "EngineError": "An engine kind that is not installed, that cannot run or build this bundle here, or a compiled engine "
-    "that is missing or of other weights, settings, versions or GPUs than the run needs.",
+    "EngineError": "An engine kind that is not installed, that cannot run or build this bundle here, or a compiled "
+    "engine that is missing or of other weights, settings, versions or GPUs than the run needs.",
     "OutOfMemoryError": "The GPU has less memory free than the networks need, or than `--vram` allows.",
 }
 """Why each class is raised, in words; the classes are those of cvx_deploy/errors.py."""
 
 HEAD = """# Errors
 
-A failure is one line on stderr, `error: what is wrong and where. fix: how to mend it.`, exit code 1, and no traceback; with
-`--json` stdout holds `{"error": {"type", "what", "fix"}}`. Wrong usage of the command line is exit code 2, and Ctrl-C 130.
+A failure is one line on stderr, `error: what is wrong and where. fix: how to mend it.`, exit code 1, and no traceback;
+with `--json` stdout holds `{"error": {"type", "what", "fix"}}`. Wrong usage of the command line is exit code 2, and
+Ctrl-C 130.
 
-Below is every such error, by its type. Words in capitals stand for what a message fills in (PATH, NAME, SHAPE); `...` for
-text of other programs, or text that depends on more. A cure of `...` is put together from the case at hand, most
+Below is every such error, by its type. Words in capitals stand for what a message fills in (PATH, NAME, SHAPE); `...`
+for text of other programs, or text that depends on more. A cure of `...` is put together from the case at hand, most
 often the command to run. `python scripts/errors_page.py` makes this page from the code.
 """
 

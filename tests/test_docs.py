@@ -1,7 +1,10 @@
 """What the documentation prints: its commands parse, its links lead somewhere, its tables agree with the code."""
 
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -108,3 +111,26 @@ def test_readme_describes_every_model_as_the_code_does() -> None:
 def test_bundle_page_describes_every_field_of_the_manifest() -> None:
     page = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [field.name for field in fields(Manifest)]
+
+
+def test_errors_page_is_made_from_the_code() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "errors_page.py"))
+    assert list(made["CAUSES"]) == made["classes"]()
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert page == made["page"](), "run: python scripts/errors_page.py"
+
+
+RUN = re.compile(r"^<!-- run -->\n```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "<!-- run -->" in page.read_text(encoding="utf-8")], ids=str
+)
+def test_commands_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path) -> None:
+    blocks = RUN.findall(page.read_text(encoding="utf-8"))
+    for line in COMMAND.findall(joined("\n".join(blocks))):
+        command = [sys.executable, "-m", "cvx_deploy", *shlex.split(line)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        # doctor exits with 1 where something is in the way of a bundle here, such as bf16 on this CPU.
+        assert done.returncode == 0 or (line == "doctor" and "Traceback" not in done.stderr), done.stderr
