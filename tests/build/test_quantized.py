@@ -1,0 +1,80 @@
+"""Every quantized form of a real export is compiled, without a GPU, and judged by its kernels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cvx_deploy.build.build import BuildRequest, Outcome, build, judged
+from cvx_deploy.build.libraries import Library, load_library
+from cvx_deploy.bundle import Bundle
+from cvx_deploy.errors import EngineError
+from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
+from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+from cvx_deploy.exporters.quantized import Quantizing
+from cvx_deploy.models import Shape
+from cvx_deploy.progress import SilentProgress
+from tests.conftest import Tiny
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+REQUEST = BuildRequest(targets=("sm89",), batch=(2, 2), networks=("transformer",))
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return load_library("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def table(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = Checkpoint(tiny("5b"))
+    shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
+    path = tmp_path_factory.mktemp("calibration") / "table.safetensors"
+    calibrate(CalibrationRequest(checkpoint, shape, ("a red ball",), steps=2), path, SilentProgress())
+    return path
+
+
+def exported(checkpoint: Path, precision: str, table: Path | None, output: Path) -> Bundle:
+    quantizing = Quantizing(table)
+    return bundle_from_checkpoint(
+        ExportRequest("5b", checkpoint, frames=9, precision=precision, quantizing=quantizing), output
+    )
+
+
+def built(library: Library, bundle: Bundle, request: BuildRequest) -> tuple[Outcome, ...]:
+    return tuple(build(library, bundle, request, SilentProgress()))
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernels"),
+    [("int8/bf16", "int8"), ("fp8/bf16", "float8")],
+)
+def test_every_layer_of_eight_bits_multiplies_in_eight_bits(
+    precision: str, kernels: str, tiny: Tiny, table: Path, library: Library, tmp_path: Path
+) -> None:
+    bundle = exported(tiny("5b"), precision, table, tmp_path / "5b")
+    (outcome,) = built(library, bundle, REQUEST)
+    said = "\n".join(map(str, judged(bundle, outcome)))
+    assert "compiled as expected" in said
+    assert f"18 of 18 quantized layers run in {kernels}" in said
+    assert "3 of 3 attentions are one fused kernel each" in said
+
+
+@pytest.mark.parametrize("precision", ["int8wo/bf16", "int4wo/bf16"])
+def test_weights_alone_in_few_bits_are_compiled_with_attention_fused(
+    precision: str, tiny: Tiny, library: Library, tmp_path: Path
+) -> None:
+    bundle = exported(tiny("5b"), precision, None, tmp_path / "5b")
+    (outcome,) = built(library, bundle, REQUEST)
+    assert "3 of 3 attentions are one fused kernel each" in "\n".join(map(str, judged(bundle, outcome)))
+
+
+def test_fp8_is_refused_for_gpus_without_it_and_leaves_nothing(
+    tiny: Tiny, table: Path, library: Library, tmp_path: Path
+) -> None:
+    bundle = exported(tiny("5b"), "fp8/bf16", table, tmp_path / "5b")
+    with pytest.raises(EngineError, match="sm86 has no instructions") as raised:
+        built(library, bundle, replace(REQUEST, targets=("sm86",)))
+    assert "int8" in raised.value.fix
+    assert not list(bundle.path.glob("engines/*.engine"))
