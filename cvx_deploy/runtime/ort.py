@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from cvx_deploy.bundle import Bundle, Network, dimension
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.runtime.ort_attention import attend_in_tiles, holds_large_scores
 
 _ERRORS = (
     errors.EPFail,
@@ -96,6 +97,8 @@ class OrtBackend:
         """Load a network for the block; see `Backend.load`."""
         described = self.bundle.network(role)
         graph = self.bundle.onnx_path(role).read_bytes()
+        if not self._memory.on_gpu and holds_large_scores(described, dict(sizes)):
+            graph = attend_in_tiles(graph)
         options = self._options(described, dict(sizes))
         providers = self._memory.providers
         try:
