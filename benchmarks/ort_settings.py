@@ -28,20 +28,21 @@ TOOLS = ("onnxruntime", "numpy")
 CASES = ("transformer-2k", "vae-decoder")
 PEER = cpu.Ours("onnxruntime", "fp32")
 RUNS = 2  # of each process, after one that is not counted
-Options = onnxruntime.SessionOptions
+Change = Callable[[Any], None]
+"""Makes a change to a session's options."""
 
 
-def entry(key: str, value: str) -> Callable[[Options], None]:
+def entry(key: str, value: str) -> Change:
     """Return what makes an entry of a session's configuration."""
     return lambda options: options.add_session_config_entry(key, value)
 
 
-def attribute(name: str, value: object) -> Callable[[Options], None]:
+def attribute(name: str, value: object) -> Change:
     """Return what sets an attribute of a session's options."""
     return lambda options: setattr(options, name, value)
 
 
-SETTINGS: dict[str, Callable[[Options], None]] = {
+SETTINGS: dict[str, Change] = {
     "as shipped": lambda _: None,
     "attention holds all scores": lambda _: None,
     "threads that sleep while they wait": entry("session.intra_op.allow_spinning", "0"),
@@ -59,12 +60,12 @@ def one(work: Path, case: str, setting: str) -> dict[str, Any]:
     """Run one network with one setting in this process."""
     options_of = ort.OrtBackend._options
 
-    def changed(self: ort.OrtBackend, *told: Any) -> Options:
+    def changed(self: ort.OrtBackend, *told: Any) -> Any:
         options = options_of(self, *told)
         SETTINGS[setting](options)
         return options
 
-    ort.OrtBackend._options = changed  # type: ignore[method-assign]
+    ort.OrtBackend._options = changed  # type: ignore[assignment, method-assign]
     if setting == "attention holds all scores":
         ort.holds_large_scores = lambda *_: False  # type: ignore[attr-defined]
     cpu.make_bundle(work, cpu.CASES[case], PEER)

@@ -22,7 +22,7 @@ from cvx_deploy.bundle import Network
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-_CELLS = 1024
+TILED_CELLS = 1024
 """Cells of the latents from which on it pays: below, scores are small, and reading the graph is what takes time."""
 _DOMAIN = "com.microsoft"
 _PLAIN = {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0, "softmax_precision": 1}
@@ -34,7 +34,7 @@ def holds_large_scores(network: Network, sizes: dict[str, int]) -> bool:
     for spec in network.inputs:
         if spec.name == "hidden_states":
             _, frames, _, height, width = spec.resolve(sizes)
-            return frames * height * width >= _CELLS
+            return frames * height * width >= TILED_CELLS
     return False
 
 
