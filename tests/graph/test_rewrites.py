@@ -21,6 +21,7 @@ from tests.tolerances import REWRITE_RELATIVE
 SIZES = {"batch": 2, "latent_height": 6, "latent_width": 8}
 PLACES: dict[str, tuple[str, Precision]] = {
     "rope": ("transformer", "fp32"),
+    "joint": ("transformer", "fp16"),
     "layer_norm": ("transformer", "fp16"),
     "upsample": ("vae_decoder_first", "fp32"),
 }
