@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from cvx_deploy.graph.patterns import constant, constant_node, made
 
@@ -31,6 +32,7 @@ def join_text_and_video(model: ir.Model) -> int:
     concats = [node for node in model.graph if node.op_type == "Concat" and len(node.inputs) == 2]
     joined = sum(joiner.rewrite(node) for node in concats)
     if joined:
+        RemoveUnusedNodesPass()(model)
         model.graph.sort()
     return joined
 
