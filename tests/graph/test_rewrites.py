@@ -23,6 +23,7 @@ PLACES: dict[str, tuple[str, Precision]] = {
     "rope": ("transformer", "fp32"),
     "joint": ("transformer", "fp16"),
     "layer_norm": ("transformer", "fp16"),
+    "frames": ("vae_decoder_first", "fp16"),
     "upsample": ("vae_decoder_first", "fp32"),
 }
 
