@@ -1,42 +1,44 @@
 """Measure what the graph rewrites do for TensorRT, without a GPU: kernels and bytes moved in the compiled plan.
 
-    python benchmarks/plan_traffic.py --work DIR [--model 5b] [--networks transformer] [--each]
+    python benchmarks/plan_traffic.py --work DIR [--model 5b ...] [--precision fp8] [--networks ...] [--each]
 
 A checkpoint of the published width and two transformer blocks is made in `DIR` (3 GB) and kept. Its networks are
-compiled ahead of time by TensorRT for RTX at the published size, from the straight export and with every rewrite; with
-`--each` also with every rewrite but one, for what that one gains.
+exported straight and with every rewrite, and compiled ahead of time by TensorRT for RTX at the published size; with
+`--each` also with every rewrite but one, for what that one gains. What earlier runs measured with the same tools
+stays in the results.
 """
 
 import argparse
+import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
+import onnx
 from report import conditions, write
 
 from cvx_deploy.build.build import BuildRequest, build
 from cvx_deploy.build.libraries import load_library
 from cvx_deploy.build.plan import CompiledPlan
 from cvx_deploy.build.store import EngineStore
-from cvx_deploy.bundle import MANIFEST, Bundle, StoredFile
+from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
+from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
 from cvx_deploy.exporters.checkpoint import Checkpoint
-from cvx_deploy.exporters.export import contracts_for
-from cvx_deploy.exporters.trace import onnx_from_contract
-from cvx_deploy.files import sha256_of
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+from cvx_deploy.exporters.quantized import Quantizing
+from cvx_deploy.exporters.synth import synthesize
 from cvx_deploy.graph.rewrites import REWRITES
-from cvx_deploy.models import MODELS
+from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import SilentProgress
-from cvx_deploy.quantize.recipe import Recipe
 
 TOOLS = ("tensorrt-rtx-cu13", "torch", "diffusers", "onnx")
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
-PROGRAM = (sys.executable, "-m", "cvx_deploy")
+SMALL = Shape(9, 64, 64)
+"""The video size that fp8's ranges are observed at: they are of random weights, so no more than their place matters."""
 
 
 @dataclass(frozen=True)
@@ -61,45 +63,35 @@ class Traffic:
     seconds: float
 
 
-def bundle_of(model: str, work: Path) -> Bundle:
-    """Return a bundle of the model's width in its own type, made in `work` unless it is there."""
-    checkpoint, bundle = work / f"{model}-wide", work / f"{model}-bundle"
-    precision = PRECISIONS[MODELS[model].dtype]
-    made = [*PROGRAM, "synth", "--like", model, "--scale", "wide", "--output", checkpoint, "--quiet"]
-    exported = [*PROGRAM, "export", "--model", model, "--checkpoint", checkpoint, "--output", bundle, "--quiet"]
-    for place, command in ((checkpoint, made), (bundle, [*exported, "--precision", precision])):
-        if not place.exists():
-            subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
-    return Bundle.open(bundle)
+def checkpoint_of(model: str, work: Path) -> Path:
+    """Return a checkpoint of the model's width, made in `work` unless it is there."""
+    checkpoint = work / f"{model}-wide"
+    return checkpoint if checkpoint.exists() else synthesize(model, "wide", checkpoint)
 
 
-def rewritten(bundle: Bundle, role: str, rewrites: Collection[str] | None, folder: Path) -> tuple[Bundle, int]:
-    """Write a copy of the bundle with one network exported again; return it and the nodes of that network's graph."""
-    manifest = bundle.manifest
-    checkpoint = Checkpoint(Path(manifest.checkpoint))
-    contracts = contracts_for(checkpoint, bundle.shape, Recipe.parse(manifest.precision, "bf16"))
-    contract = next(contract for contract in contracts if contract.name == role)
-    where = checkpoint.place(contract.component)
-    model = onnx_from_contract(contract, checkpoint.tensors(contract.component), where, rewrites)
-    shutil.copytree(bundle.path, folder)
-    described = manifest.networks[role]
-    path = folder / described.file.path
-    ir.save(model, path)
-    network = replace(described, file=StoredFile(path.name, path.stat().st_size, sha256_of(path)))
-    changed = replace(manifest, networks=manifest.networks | {role: network})
-    (folder / MANIFEST).write_bytes(changed.to_json())
-    return Bundle.open(folder), len(list(model.graph))
+def exported(model: str, precision: str, rewrites: Collection[str] | None, work: Path) -> Bundle:
+    """Export a model with some rewrites."""
+    checkpoint = checkpoint_of(model, work)
+    quantizing = Quantizing()
+    if precision == "fp8":
+        table = work / f"{model}-calibration.safetensors"
+        if not table.exists():
+            asked = CalibrationRequest(Checkpoint(checkpoint), SMALL, ("a red ball",), steps=2)
+            calibrate(asked, table, SilentProgress())
+        quantizing = Quantizing(table, any_shape=True)
+    request = ExportRequest(model, checkpoint, precision=precision, quantizing=quantizing, rewrites=rewrites)
+    return bundle_from_checkpoint(request, work / "variant")
 
 
-def measure(bundle: Bundle, role: str, rewrites: Collection[str] | None, target: str, work: Path) -> Traffic:
-    """Compile one network with some rewrites, and read the plan."""
-    folder = work / "variant"
-    shutil.rmtree(folder, ignore_errors=True)
-    variant, nodes = rewritten(bundle, role, rewrites, folder)
+def measure(bundle: Bundle, role: str, target: str) -> Traffic | str:
+    """Compile one network and read the plan; what TensorRT says where it refuses."""
     request = BuildRequest(targets=(target,), networks=(role,), batch=(2, 2))
-    (outcome,) = build(load_library("tensorrt-rtx"), variant, request, SilentProgress())
-    (plan,) = EngineStore(variant).plans(outcome.record)
-    shutil.rmtree(folder)
+    try:
+        (outcome,) = build(load_library("tensorrt-rtx"), bundle, request, SilentProgress())
+    except EngineError as error:
+        return f"refused: {error.what}"
+    (plan,) = EngineStore(bundle).plans(outcome.record)
+    nodes = len(onnx.load(bundle.onnx_path(role), load_external_data=False).graph.node)
     return traffic(plan, nodes, outcome.record.seconds)
 
 
@@ -131,7 +123,7 @@ def variants(each: bool) -> Iterator[tuple[str, Collection[str] | None]]:
             yield f"all but {left_out}", [name for name in REWRITES if name != left_out]
 
 
-def lines(results: dict[str, dict[str, Traffic | str]]) -> Iterator[str]:
+def lines(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Lay the results out as Markdown."""
     kinds = ("elementwise", "copy", "gemm", "attention")
     yield from ("# What the rewrites do to the compiled plan", "")
@@ -146,12 +138,36 @@ def lines(results: dict[str, dict[str, Traffic | str]]) -> Iterator[str]:
     yield from ("", "A block is one of the transformer's. Kernels that move nothing are not counted.")
 
 
-def _cells(one: Traffic, kinds: tuple[str, ...]) -> list[str]:
-    block = [f"{one.block_moved.get(kind, 0) / 1e9:.2f}" if one.block_kernels else "" for kind in kinds]
-    per_block = f"{one.block_kernels:.1f}" if one.block_kernels else ""
-    active = "unknown" if one.activation_bytes is None else f"{one.activation_bytes / 1e9:.2f}"
-    moved = f"{sum(one.moved.values()) / 1e9:.2f}"
-    return [str(one.nodes), str(one.kernels), per_block, *block, moved, active, f"{one.seconds:.0f}"]
+def _cells(one: dict[str, Any], kinds: tuple[str, ...]) -> list[str]:
+    block = [f"{one['block_moved'].get(kind, 0) / 1e9:.2f}" if one["block_kernels"] else "" for kind in kinds]
+    per_block = f"{one['block_kernels']:.1f}" if one["block_kernels"] else ""
+    active = "unknown" if one["activation_bytes"] is None else f"{one['activation_bytes'] / 1e9:.2f}"
+    moved = f"{sum(one['moved'].values()) / 1e9:.2f}"
+    return [str(one["nodes"]), str(one["kernels"]), per_block, *block, moved, active, f"{one['seconds']:.0f}"]
+
+
+class Results:
+    """What was measured, with what earlier runs found under the same conditions; written after every network."""
+
+    def __init__(self, output: Path, target: str) -> None:
+        self.output = output
+        self.told = conditions(TOOLS, "compiled ahead of time without a GPU, not run", target=target, models={})
+        self.networks: dict[str, dict[str, Any]] = {}
+        file = output.with_suffix(".json")
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        before = earlier.get("conditions", {})
+        if all(before.get(key) == self.told[key] for key in ("versions", "target")):
+            self.told["models"], self.networks = before["models"], earlier["networks"]
+
+    def add(self, model: str, network: str, variant: str, found: Traffic | str) -> None:
+        """Keep what one network compiled to."""
+        entry = MODELS[model]
+        size = f"{entry.frames}x{entry.height}x{entry.width}"
+        self.told["models"][model] = f"{size}, {PRECISIONS[entry.dtype]}, batch 2, two blocks"
+        plain = found if isinstance(found, str) else asdict(found)
+        self.networks.setdefault(network, {})[variant] = plain
+        print(f"{network}, {variant}: {found}", file=sys.stderr)
+        write(self.output, self.told, {"networks": self.networks}, lines(self.networks))
 
 
 def main() -> None:
@@ -159,35 +175,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder with 5 GB of room")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["5b"])
+    parser.add_argument("--precision", choices=["fp8"], help="default: the model's own type")
     parser.add_argument("--networks", nargs="+", default=["transformer"])
     parser.add_argument("--each", action="store_true", help="also leave out every rewrite in turn")
     parser.add_argument("--target", default="sm89", help="a compute capability")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan_traffic")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    shapes = {
-        name: f"{entry.frames}x{entry.height}x{entry.width}, {PRECISIONS[entry.dtype]}, batch 2, two blocks"
-        for name, entry in MODELS.items()
-        if name in arguments.model
-    }
-    told = conditions(TOOLS, "compiled ahead of time without a GPU, not run", target=arguments.target, models=shapes)
-    results: dict[str, dict[str, Traffic | str]] = {}
+    results = Results(arguments.output, arguments.target)
     for model in arguments.model:
-        bundle = bundle_of(model, arguments.work)
-        for role in filter(bundle.manifest.networks.__contains__, arguments.networks):
-            found = results.setdefault(f"{model} {role}", {})
-            for name, rewrites in variants(arguments.each):
-                try:
-                    found[name] = measure(bundle, role, rewrites, arguments.target, arguments.work)
-                except EngineError as error:
-                    found[name] = f"refused: {error.what}"
-                print(f"{model} {role}, {name}: {found[name]}", file=sys.stderr)
-                # After each, so that what is measured is kept.
-                plain = {
-                    network: {key: one if isinstance(one, str) else asdict(one) for key, one in its.items()}
-                    for network, its in results.items()
-                }
-                write(arguments.output, told, {"networks": plain}, lines(results))
+        precision = arguments.precision or PRECISIONS[MODELS[model].dtype]
+        for name, rewrites in variants(arguments.each):
+            bundle = exported(model, precision, rewrites, arguments.work)
+            for role in filter(bundle.manifest.networks.__contains__, arguments.networks):
+                network = f"{model} {role}" + (f", {precision}" if arguments.precision else "")
+                results.add(model, network, name, measure(bundle, role, arguments.target))
+            shutil.rmtree(bundle.path)
 
 
 if __name__ == "__main__":

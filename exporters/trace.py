@@ -60,16 +60,7 @@ def onnx_from_contract(
     Raises:
         CheckpointError: A tensor is missing, or has another shape or type than the config says.
     """
-    model = _trace(contract, where)
-    for named, specs in ((model.graph.inputs, contract.input_specs), (model.graph.outputs, contract.output_specs)):
-        for value, spec in zip(named, specs, strict=True):
-            value.name, value.shape = spec.name, ir.Shape(spec.shape)
-    _name_nodes_by_module(model)
-    make_symbolic(model, contract.input_specs)
-    split_without_sequences(model)
-    if contract.blocks is not None:
-        repeat_blocks(model, contract.blocks)
-    fold_indices(model)
+    model = graph_from_contract(contract, where)
     rewrite(model, rewrites)
     if placement is not None:
         quantize_graph(model, placement, lambda name: contract.weight_names(name)[0])
@@ -80,6 +71,21 @@ def onnx_from_contract(
         passes.ClearMetadataAndDocStringPass(),
     ):
         simplify(model)
+    return model
+
+
+def graph_from_contract(contract: NetworkContract, where: Path) -> ir.Model:
+    """Trace a network as deep as it is; nothing is rewritten for an engine, and its weights are names and shapes."""
+    model = _trace(contract, where)
+    for named, specs in ((model.graph.inputs, contract.input_specs), (model.graph.outputs, contract.output_specs)):
+        for value, spec in zip(named, specs, strict=True):
+            value.name, value.shape = spec.name, ir.Shape(spec.shape)
+    _name_nodes_by_module(model)
+    make_symbolic(model, contract.input_specs)
+    split_without_sequences(model)
+    if contract.blocks is not None:
+        repeat_blocks(model, contract.blocks)
+    fold_indices(model)
     return model
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from cvx_deploy.graph.frames import frames_in_place
+from cvx_deploy.graph.joint import join_text_and_video
 from cvx_deploy.graph.layer_norm import lean_layer_norms
 from cvx_deploy.graph.rope import rope_on_all_tokens
 from cvx_deploy.graph.upsample import convolve_before_upsampling
@@ -13,7 +15,9 @@ Rewrite = Callable[[ir.Model], int]
 
 REWRITES: dict[str, Rewrite] = {
     "rope": rope_on_all_tokens,
+    "joint": join_text_and_video,
     "layer_norm": lean_layer_norms,
+    "frames": frames_in_place,
     "upsample": convolve_before_upsampling,
 }
 """By name, in the order in which they are applied."""

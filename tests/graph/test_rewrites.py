@@ -21,7 +21,9 @@ from tests.tolerances import REWRITE_RELATIVE
 SIZES = {"batch": 2, "latent_height": 6, "latent_width": 8}
 PLACES: dict[str, tuple[str, Precision]] = {
     "rope": ("transformer", "fp32"),
+    "joint": ("transformer", "fp16"),
     "layer_norm": ("transformer", "fp16"),
+    "frames": ("vae_decoder_first", "fp16"),
     "upsample": ("vae_decoder_first", "fp32"),
 }
 
