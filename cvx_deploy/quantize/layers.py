@@ -19,6 +19,7 @@ _LAYERS = {
     "text_encoder": re.compile(r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_[01]|o))"),
 }
 _SHARED = re.compile(r"(?<=to_)[kv]$|(?<=SelfAttention\.)[kv]$|(?<=wi_)1$")
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 _FIRST = {"k": "q", "v": "q", "1": "0"}
 
 
@@ -65,7 +66,7 @@ def sensitive_places(component: str, scheme: SchemeName, layers: Iterable[str]) 
     """Return the places of a component that a scheme leaves as they are, unless other exclusions are asked for."""
     if component != "transformer":
         return ()
-    blocks = 1 + max(int(layer.split(".")[1]) for layer in layers)
+    blocks = len({found[1] for layer in layers if (found := _BLOCK.match(layer))})
     return tuple(f"transformer_blocks.{block}" for block in spared_blocks(scheme, blocks))
 
 
