@@ -87,8 +87,9 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
 @click.option(
     "--exclude",
     multiple=True,
-    metavar="PLACE|FILE",
-    help="Layers not to quantize: one, a module of some, or a file of quantize --sensitivity; again for more.",
+    metavar="PLACE|FILE|none",
+    help="Layers not to quantize: one, a module of some, or a file of quantize --sensitivity; again for more. Default: "
+    "for int8 and fp8 the last of every 16 blocks, the most sensitive ones.",
 )
 @click.option("--quantize-attention", is_flag=True, help="Let attention multiply in fp8 too. TensorRT only.")
 @click.option(
@@ -153,6 +154,11 @@ def export(
         "precision": manifest.precision,
         "loras": [asdict(lora) for lora in manifest.loras],
         "networks": networks,
+        "quantized": {
+            name: asdict(network.quantization)
+            for name, network in manifest.networks.items()
+            if network.quantization is not None
+        },
     }
     return values, str(bundle.path)
 

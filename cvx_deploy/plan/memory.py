@@ -7,10 +7,12 @@ tensor of the network, its *unit*; how many units that are was read off compiled
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
+from cvx_deploy.bundle import SchemeName
 from cvx_deploy.models import Shape
-from cvx_deploy.plan.architecture import CHUNK, Architecture
+from cvx_deploy.plan.architecture import CHUNK, Architecture, Transformer
+from cvx_deploy.quantize.recipe import spared_blocks
 from cvx_deploy.runtime.ort_attention import TILED_CELLS
 
 Network = Literal["text_encoder", "modulation", "transformer", "vae_decoder"]
@@ -87,7 +89,7 @@ def item_bytes(precision: PrecisionName) -> int:
 def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[Network, int]:
     """Return the bytes of each network's weights.
 
-    Quantized are the linear layers of the transformer's blocks, and T5's to 8 bits.
+    Quantized are the linear layers of the transformer's blocks, but for those that are spared, and T5's to 8 bits.
     """
     item = item_bytes(precision)
     transformer, text = architecture.transformer, architecture.text_encoder
@@ -96,9 +98,17 @@ def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[N
     return {
         "text_encoder": _mixed(text.parameters, text.linear_parameters, item, text_linear),
         "modulation": transformer.modulation_parameters * item,
-        "transformer": _mixed(transformer.parameters, transformer.linear_parameters, item, linear),
+        "transformer": _mixed(transformer.parameters, _quantized(transformer, precision), item, linear),
         "vae_decoder": architecture.vae.parameters("decoder") * item,
     }
+
+
+def _quantized(transformer: Transformer, precision: PrecisionName) -> int:
+    """Return how many parameters of the transformer have fewer bits than the rest."""
+    if precision not in get_args(SchemeName):
+        return 0
+    spared = len(spared_blocks(cast(SchemeName, precision), transformer.layers))
+    return transformer.linear_parameters // transformer.layers * (transformer.layers - spared)
 
 
 def gpu_needs(

@@ -88,7 +88,7 @@ class OpenVinoBackend:
         if "fp8" in bundle.manifest.multiplies_in:
             raise EngineError(
                 f"{bundle.path} multiplies in fp8, which no CPU can",
-                fix="export with --precision int8/bf16 to run it here",
+                fix="export with --precision int8/fp32 or fp32, or run it with --engine tensorrt-rtx or tensorrt",
             )
 
     @contextlib.contextmanager
