@@ -4,6 +4,7 @@ Addresses, streams, events and graphs are plain integers here. `CudaPython` is t
 keeps its memory in NumPy arrays and finds leaks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
