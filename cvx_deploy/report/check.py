@@ -154,7 +154,7 @@ class _Climb:
             rungs.append(Rung(name, _row_of_all(graph, self.runners[name].engine), str(self.runners[name])))
         if self.engine is None:
             instead = f"the rung {self._last_graphs} stands in for it, on {self.runners[self._last_graphs]}"
-            rungs.append(Rung("engine", None, "nothing", skipped=f"{self.no_engine}: {instead}"))
+            rungs.append(Rung("engine", None, "nothing", skipped=f"{self.no_engine}; {instead}"))
         else:
             told = f"{self.engine} {engine_version(self.engine)}"
             rungs.append(Rung("engine", _row_of_all(self.bundle, self.engine), told))

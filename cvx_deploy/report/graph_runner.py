@@ -58,12 +58,12 @@ def last_engine(asked: EngineName | None, manifest: Manifest) -> tuple[EngineNam
     if asked is not None:
         return asked, ""
     if "fp8" in manifest.multiplies_in:
-        return None, "no engine for a CPU runs fp8 fast; name one for a GPU with --engine"
+        return None, "no engine for a CPU runs fp8 fast (name one for a GPU with --engine)"
     if "bf16" not in manifest.computes_in:
         return "onnxruntime", ""
     if _openvino_runs(manifest):
         return "openvino", ""
-    return None, "no engine here computes in bf16 on this CPU; name one for a GPU with --engine"
+    return None, "no engine here computes in bf16 on this CPU (name one for a GPU with --engine)"
 
 
 def _openvino_runs(manifest: Manifest) -> bool:

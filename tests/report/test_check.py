@@ -27,6 +27,7 @@ from tests.command import cvx
 from tests.conftest import Exported, Tiny
 from tests.exporters.test_lora import ATTENTION, matrices, written
 from tests.parity.corrupt import corrupted
+from tests.parity.test_pipelines import TWO_SHAPES
 
 WHOLE = ("5b", "1.5-5b-i2v")
 """Models whose whole videos are compared, too, and whose graphs are traced once more without rewrites."""
@@ -91,13 +92,13 @@ def swap_inputs(graph: onnx.GraphProto) -> None:
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
 
-def double_activation(graph: onnx.GraphProto) -> None:
-    """Let one quantized activation be read back by another scale than it was rounded by."""
-    node = next(node for node in graph.node if node.op_type == "DequantizeLinear" and "/Weight" not in node.name)
-    double = onnx.helper.make_node("Add", [node.output[0], node.output[0]], [f"{node.output[0]} doubled"])
-    for other in graph.node:
-        other.input[:] = [f"{name} doubled" if name == node.output[0] else name for name in other.input]
-    graph.node.insert(list(graph.node).index(node) + 1, double)
+def double_activations(graph: onnx.GraphProto) -> None:
+    """Let quantized activations be read back by another scale than they were rounded by."""
+    for node in list(graph.node):
+        if node.op_type == "DequantizeLinear" and "/Weight" not in node.name:
+            name, node.output[0] = node.output[0], f"{node.output[0]} halved"
+            double = onnx.helper.make_node("Add", [node.output[0]] * 2, [name])
+            graph.node.insert(list(graph.node).index(node) + 1, double)
 
 
 def test_a_swapped_input_fails_at_its_node(tiny: Tiny, exported: Exported, tmp_path: Path) -> None:
@@ -138,8 +139,8 @@ def on_disk(bundle: Bundle, folder: Path) -> Path:
 
 def test_the_command_names_the_layer_of_a_corrupted_weight(tiny: Tiny, exported: Exported, tmp_path: Path) -> None:
     layer = "transformer_blocks.0.ff.net.2"
-    broken = on_disk(corrupted(exported("2b"), "transformer", f"{layer}.weight", tmp_path), tmp_path / "bundle")
-    words = ("check", "--bundle", broken, "--checkpoint", tiny("2b"), "--level", "networks", "--steps", 1)
+    broken = on_disk(corrupted(exported("5b"), "transformer", f"{layer}.weight", tmp_path), tmp_path / "bundle")
+    words = ("check", "--bundle", broken, "--checkpoint", tiny("5b"), "--level", "networks", "--steps", 1)
     done = cvx(*words, "--output", tmp_path / "report")
     assert "fails at the rung rewritten" in done.failure()
     assert f"transformer first differs at model.{layer}/" in done.failure()
@@ -180,20 +181,18 @@ def test_what_an_engine_does_otherwise_is_named_by_node(
     assert f"{WRONG}/" in divergence.layers[0].name
 
 
-def test_a_size_of_several_passes_and_one_that_is_wrong_is_named(
+def test_sizes_of_a_bundle_pass_and_the_one_that_is_wrong_is_named(
     tiny: Tiny, exported: Exported, tmp_path: Path
 ) -> None:
-    shapes = (Shape(9, 96, 128), Shape(17, 64, 96))
-    bundle = exported("5b", shapes=shapes)
-    straight = exported("5b", shapes=shapes, rewrites=())
-    found = climbed(bundle, tiny("5b"), straight, level="trajectory")
+    name, shapes = TWO_SHAPES[0]
+    bundle, straight = exported(name, shapes=shapes), exported(name, shapes=shapes, rewrites=())
+    found = climbed(bundle, tiny(name), straight, level="trajectory")
     assert found.error is None, str(found)
     engine = next(rung for rung in found.rungs if rung.name == "engine")
     assert [one.shape for one in engine.trajectories] == [str(shape) for shape in shapes]
     second = bundle.at(shapes[1])
-    assert second.network_name("transformer") != bundle.network_name("transformer")
-    wrong = climbed(with_graph(second, tmp_path / "wrong", swap_inputs), tiny("5b"), straight)
-    assert failing(wrong) == ("rewritten", {second.network_name("transformer")})
+    wrong = climbed(with_graph(second, tmp_path / "wrong", swap_inputs), tiny(name), straight)
+    assert failing(wrong) == ("rewritten", {second.network_name("transformer")} - {bundle.network_name("transformer")})
     assert [one.shape for one in wrong.divergence] == [str(shapes[1])]
 
 
@@ -216,11 +215,20 @@ def test_adapters_are_merged_into_what_a_bundle_is_held_against(adapted: Bundle)
     assert found.error is None, str(found)
 
 
-@pytest.mark.parametrize("change", ["another scale", "none at all"])
-def test_a_bundle_of_other_adapters_than_it_says_fails(change: str, adapted: Bundle, exported: Exported) -> None:
+def test_a_bundle_of_another_scale_than_it_says_fails(adapted: Bundle) -> None:
     [lora] = adapted.manifest.loras
-    loras = (replace(lora, scale=0.5),) if change == "another scale" else ()
-    found = of_checkpoint(replace(adapted, manifest=replace(adapted.manifest, loras=loras)))
+    other = replace(adapted.manifest, loras=(replace(lora, scale=0.5),))
+    assert_adapter_is_seen(of_checkpoint(replace(adapted, manifest=other)))
+
+
+def test_a_bundle_with_an_adapter_that_it_does_not_tell_of_fails(
+    adapted: Bundle, tiny: Tiny, exported: Exported
+) -> None:
+    silent = replace(adapted, manifest=replace(adapted.manifest, loras=()))
+    assert_adapter_is_seen(climbed(silent, tiny("5b"), exported("5b", rewrites=())))
+
+
+def assert_adapter_is_seen(found: Parity) -> None:
     assert failing(found) == ("rewritten", {"transformer"})
     assert "transformer_blocks.0.attn1.to_" in found.divergence[0].layers[0].name
 
@@ -272,13 +280,10 @@ def test_fp8_passes_on_a_cpu_by_reference_and_says_what_was_skipped(fp8: Bundle,
     assert (tmp_path / "contact.png").exists()
 
 
-def test_an_engine_that_was_asked_for_and_cannot_fails(fp8: Bundle) -> None:
-    found = of_checkpoint(fp8, engine="onnxruntime")
-    assert found.first_failing is not None
-    assert found.first_failing.name == "engine"
-    assert "no CPU can" in str(found.error) or "no CPU kernels" in str(found.error)
-
-
-def test_a_wrong_scale_of_fp8_fails_by_reference(fp8: Bundle, tmp_path: Path) -> None:
-    found = of_checkpoint(with_graph(fp8, tmp_path / "wrong", double_activation))
-    assert failing(found)[0] == "quantized"
+def test_wrong_scales_of_fp8_fail_by_reference_and_an_engine_that_cannot_fails(fp8: Bundle, tmp_path: Path) -> None:
+    wrong = with_graph(fp8, tmp_path / "wrong", double_activations)
+    found = of_checkpoint(wrong, engine="onnxruntime")
+    assert failing(found) == ("quantized", {"transformer"})
+    engine = next(rung for rung in found.rungs if rung.name == "engine")
+    assert engine.failures
+    assert all("ONNX Runtime has no CPU kernels for" in result.broken[0] for result in engine.failures)
