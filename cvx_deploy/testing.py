@@ -7,7 +7,6 @@ from cvx_deploy.bundle import Bundle
 from cvx_deploy.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.checkpoint import Checkpoint
     from cvx_deploy.exporters.reference import Reference
     from cvx_deploy.models import Shape
     from cvx_deploy.report.check import CheckRequest
@@ -60,7 +59,7 @@ def parity(
     bundle: Bundle, reference: "Reference", request: "CheckRequest", progress: Progress, output: Path | None
 ) -> "Parity":
     """Check a bundle, and write the reports and one picture a shape to `output`."""
-    from cvx_deploy.exporters.reference import reference_checkpoint
+    from cvx_deploy.exporters.reference import reference_checkpoint, with_weights
     from cvx_deploy.report.check import check
     from cvx_deploy.report.forms import save_frames, write_report
 
@@ -73,14 +72,7 @@ def parity(
 
     first = (request.shapes or bundle.shapes)[0]
     source = reference_checkpoint(bundle, reference, progress)
-    found = check(_with_weights(bundle, source), source, request, progress, show)
+    found = check(with_weights(bundle, source.root), source, request, progress, show)
     if output is not None:
         write_report(found, output)
     return found
-
-
-def _with_weights(bundle: Bundle, checkpoint: "Checkpoint") -> Bundle:
-    """Return the bundle with weights that are neither in it nor where they were taken from the checkpoint."""
-    outside = any(not entry.in_bundle for entry in bundle.manifest.weights.values())
-    gone = outside and not Path(bundle.manifest.checkpoint).is_dir()
-    return bundle.with_checkpoint(checkpoint.root) if gone else bundle

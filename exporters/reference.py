@@ -72,6 +72,13 @@ def _require_same_model(checkpoint: Checkpoint, bundle: Bundle) -> None:
         )
 
 
+def with_weights(bundle: Bundle, root: Path) -> Bundle:
+    """Return the bundle with weights that are neither in it nor where it says taken from the checkpoint at `root`."""
+    outside = any(not entry.in_bundle for entry in bundle.manifest.weights.values())
+    gone = outside and not Path(bundle.manifest.checkpoint).is_dir()
+    return bundle.with_checkpoint(root) if gone else bundle
+
+
 def require_adapters(bundle: Bundle) -> None:
     """Raise CheckpointError unless every adapter that was merged into a bundle is there, as it was then."""
     for lora in bundle.manifest.loras:

@@ -9,7 +9,7 @@ import pytest
 
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import CheckpointError, WrongModelError
-from cvx_deploy.exporters.reference import Reference, reference_checkpoint
+from cvx_deploy.exporters.reference import Reference, reference_checkpoint, with_weights
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.progress import SilentProgress
 from tests.command import cvx
@@ -45,6 +45,15 @@ def test_what_is_gone_is_named_as_it_was_fetched(exported: Exported, tmp_path: P
     with pytest.raises(CheckpointError, match="is not there") as raised:
         held_against(replace(exported("5b"), manifest=manifest), Reference())
     assert raised.value.fix == f"name it with --checkpoint {ID} --revision 0123abc"
+
+
+def test_weights_come_from_the_checkpoint_only_where_they_are_gone(
+    tiny: Tiny, exported: Exported, tmp_path: Path
+) -> None:
+    bundle = exported("5b")
+    assert with_weights(bundle, tmp_path) == bundle
+    gone = replace(bundle, manifest=replace(bundle.manifest, checkpoint=str(tmp_path / "gone")))
+    assert Path(with_weights(gone, tiny("5b")).manifest.checkpoint) == tiny("5b")
 
 
 def test_a_folder_has_no_revision(tiny: Tiny, exported: Exported) -> None:
