@@ -53,7 +53,7 @@ def quantized(tiny: Tiny, table: Path, tmp_path_factory: pytest.TempPathFactory)
     def bundle(precision: str, **quantizing: Any) -> Bundle:
         key = f"{precision} {quantizing}"
         if key not in made:
-            static = precision.startswith(("int8/", "fp8/", "transformer=fp8"))
+            static = precision.startswith(("int8/", "fp8/")) or "=fp8" in precision
             how = Quantizing(table if static else None, **quantizing)
             request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=how)
             made[key] = bundle_from_checkpoint(request, tmp_path_factory.mktemp("bundles") / "5b")
@@ -98,6 +98,12 @@ def test_quantized_networks_stay_near_the_plain_ones(precision: str, quantized: 
     bundle, plain = quantized(precision), exported("5b", frames=9)
     assert agree(bundle, plain, "transformer")
     assert agree(bundle, plain, "text_encoder")
+
+
+def test_a_text_encoder_in_fp8_stays_near(quantized: Quantized, exported: Exported) -> None:
+    bundle = quantized("fp32,text_encoder=fp8")
+    assert bundle.network("text_encoder").quantization.layers == 14  # type: ignore[union-attr]
+    assert agree(bundle, exported("5b", frames=9), "text_encoder")
 
 
 def test_attention_in_fp8_stays_near(quantized: Quantized, exported: Exported) -> None:
