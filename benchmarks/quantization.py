@@ -267,12 +267,11 @@ def table_of(outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
-def put_into_docs(lines: list[str]) -> None:
-    """Replace the table in the docs."""
-    text = DOCS.read_text(encoding="utf-8")
+def with_table(text: str, lines: list[str]) -> str:
+    """Return the docs with their table replaced."""
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    DOCS.write_text(before + _BEGIN + "\n".join(lines) + "\n" + _END + after, encoding="utf-8")
+    return before + _BEGIN + "\n".join(lines) + "\n" + _END + after
 
 
 def main() -> None:
@@ -306,7 +305,7 @@ def main() -> None:
     lines = table_of(outcomes)
     write(arguments.output, told, {"outcomes": [asdict(one) for one in outcomes]}, lines)
     if arguments.output == RESULTS:
-        put_into_docs(lines)
+        DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), lines), encoding="utf-8")
     print("\n".join(lines))
 
 

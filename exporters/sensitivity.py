@@ -69,8 +69,11 @@ class SensitivityReport:
     psnr: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values; ``export --exclude`` reads ``exclude``."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        """Return it as JSON values; ``export --exclude`` reads ``exclude``. A PSNR without any error is None."""
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for told in (values, *values["ranking"]):
+            told.update({key: None for key, value in told.items() if value == math.inf})
+        return values
 
 
 def sensitivity(

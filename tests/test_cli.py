@@ -309,6 +309,7 @@ def test_export_prints_the_bundle_it_made(tiny: Tiny, tmp_path: Path, monkeypatc
         "precision": "fp32",
         "loras": [],
         "networks": sizes,
+        "quantized": {},
     }
 
 

@@ -26,15 +26,23 @@ def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:
     ) -> Network:
         if components and contract.component not in components:
             return trace(contract, checkpoint, path, rewrites, quantized)
-        return _write_text(contract, checkpoint, path)
+        return _write_text(contract, checkpoint, path, quantized)
 
     monkeypatch.setattr(export, "_write_network", write)
 
 
-def _write_text(contract: NetworkContract, checkpoint: Checkpoint, path: Path) -> Network:
+def _write_text(
+    contract: NetworkContract, checkpoint: Checkpoint, path: Path, quantized: QuantizedComponent | None
+) -> Network:
     path.write_text(f"{contract.name} of {contract.precision}")
     files = {tensor.file for tensor in checkpoint.tensors(contract.component).values()}
     weights = tuple(sorted(map(weight_location, files)))
     return Network(
-        export._stored(path), contract.input_specs, contract.output_specs, weights, contract.state, contract.precision
+        export._stored(path),
+        contract.input_specs,
+        contract.output_specs,
+        weights,
+        contract.state,
+        contract.precision,
+        None if quantized is None else quantized.entry,
     )

@@ -47,6 +47,13 @@ def built(library: Library, bundle: Bundle, request: BuildRequest) -> tuple[Outc
     return tuple(build(library, bundle, request, SilentProgress()))
 
 
+def attention_takes(bundle: Bundle, outcome: Outcome) -> set[str]:
+    """Return the types of all tensors that attention kernels read."""
+    (plan,) = EngineStore(bundle).plans(outcome.record)
+    fused = [kernel for kernel in plan.kernels if kernel.kind == "attention"]
+    return {tensor.dtype for kernel in fused for tensor in kernel.inputs if not tensor.is_scalar}
+
+
 @pytest.mark.parametrize(
     ("precision", "kernels"),
     [("int8/bf16", "int8"), ("fp8/bf16", "float8")],
@@ -60,6 +67,7 @@ def test_every_layer_of_eight_bits_multiplies_in_eight_bits(
     assert "compiled as expected" in said
     assert f"18 of 18 quantized layers run in {kernels}" in said
     assert "3 of 3 attentions are one fused kernel each" in said
+    assert attention_takes(bundle, outcome) == {"bfloat16"}
 
 
 @pytest.mark.parametrize(("precision", "layers"), [("fp8/bf16", "float8"), ("int8/bf16", "int8")])
@@ -73,20 +81,7 @@ def test_quantized_attention_multiplies_in_float8_in_one_kernel_whatever_its_lay
     assert "3 of 3 attentions are one fused kernel each" in said
     assert f"18 of 18 quantized layers run in {layers}" in said
     assert "3 of 3 quantized attentions run in float8" in said
-    (plan,) = EngineStore(bundle).plans(outcome.record)
-    fused = [kernel for kernel in plan.kernels if kernel.kind == "attention"]
-    assert {tensor.dtype for kernel in fused for tensor in kernel.inputs if not tensor.is_scalar} == {"float8"}
-
-
-def test_attention_that_is_not_quantized_reads_16_bits(
-    tiny: Tiny, table: Path, library: Library, tmp_path: Path
-) -> None:
-    bundle = exported(tiny("5b"), "fp8/bf16", table, tmp_path / "5b")
-    (outcome,) = built(library, bundle, REQUEST)
-    assert "quantized attentions" not in "\n".join(map(str, judged(bundle, outcome)))
-    (plan,) = EngineStore(bundle).plans(outcome.record)
-    fused = [kernel for kernel in plan.kernels if kernel.kind == "attention"]
-    assert {tensor.dtype for kernel in fused for tensor in kernel.inputs if not tensor.is_scalar} == {"bfloat16"}
+    assert attention_takes(bundle, outcome) == {"float8"}
 
 
 @pytest.mark.parametrize("precision", ["int8wo/bf16", "int4wo/bf16"])

@@ -16,6 +16,7 @@ from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
 from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.sensitivity import draw, sensitivity
 from cvx_deploy.exporters.streamed import streamed_network
+from cvx_deploy.miniatures import miniature
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.quantize.layers import leader, quantizable
@@ -184,6 +185,18 @@ def test_the_ranking_leads_to_exclusions_that_reach_the_target(
     assert asked.psnr >= plain.psnr_of_all + 1 > asked.psnr_of_all
     assert set(asked.exclude) == {one.place for one in asked.ranking[: len(asked.exclude)]}
     assert b"<svg" in draw(asked, tmp_path / "plot.svg").read_bytes()
+
+
+def test_the_last_blocks_of_the_trained_miniature_suffer_most(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(miniature("mini"))
+    prompts = ("a red circle moves to the right",)
+    request = CalibrationRequest(checkpoint, Shape(9, 48, 48), prompts, steps=4, compute="fp32")
+    table = calibrate(request, tmp_path / "table", SilentProgress())
+    for scheme in ("int8", "fp8"):
+        found = sensitivity(request, NetworkPrecision("fp32", scheme), table, SilentProgress())
+        ranked = [one.place for one in found.ranking]
+        assert set(ranked[:2]) == {"transformer_blocks.6", "transformer_blocks.7"}
+        assert "transformer_blocks.0" in ranked[-2:]
 
 
 def test_more_bits_hurt_less(made: tuple[CalibrationRequest, CalibrationTable]) -> None:

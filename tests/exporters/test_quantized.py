@@ -20,14 +20,14 @@ from cvx_deploy.errors import BundleError, CalibrationError, CheckpointError, Cv
 from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
 from cvx_deploy.exporters.checkpoint import Checkpoint, read_header
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-from cvx_deploy.exporters.quantized import Quantizing
+from cvx_deploy.exporters.quantized import Quantizing, quantize_components
 from cvx_deploy.exporters.quantized_weights import LayerWeights
 from cvx_deploy.exporters.rewire import write_with_loras
 from cvx_deploy.exporters.weights import load_tensor
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.quantize import layers as layers_module
-from cvx_deploy.quantize.recipe import NetworkPrecision
+from cvx_deploy.quantize.recipe import NetworkPrecision, Recipe
 from cvx_deploy.report.thresholds import THRESHOLDS
 from cvx_deploy.runtime.ort import OrtBackend
 from tests.conftest import Exported, Tiny
@@ -53,7 +53,7 @@ def quantized(tiny: Tiny, table: Path, tmp_path_factory: pytest.TempPathFactory)
     def bundle(precision: str, **quantizing: Any) -> Bundle:
         key = f"{precision} {quantizing}"
         if key not in made:
-            static = precision.startswith(("int8/", "fp8/", "transformer=fp8"))
+            static = precision.startswith(("int8/", "fp8/")) or "=fp8" in precision
             how = Quantizing(table if static else None, **quantizing)
             request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=how)
             made[key] = bundle_from_checkpoint(request, tmp_path_factory.mktemp("bundles") / "5b")
@@ -98,6 +98,12 @@ def test_quantized_networks_stay_near_the_plain_ones(precision: str, quantized: 
     bundle, plain = quantized(precision), exported("5b", frames=9)
     assert agree(bundle, plain, "transformer")
     assert agree(bundle, plain, "text_encoder")
+
+
+def test_a_text_encoder_in_fp8_stays_near(quantized: Quantized, exported: Exported) -> None:
+    bundle = quantized("fp32,text_encoder=fp8")
+    assert bundle.network("text_encoder").quantization.layers == 14  # type: ignore[union-attr]
+    assert agree(bundle, exported("5b", frames=9), "text_encoder")
 
 
 def test_attention_in_fp8_stays_near(quantized: Quantized, exported: Exported) -> None:
@@ -235,6 +241,9 @@ def test_excluded_layers_are_as_they_were(quantized: Quantized) -> None:
     assert not any("transformer_blocks.0." in place for place in places_quantized(bundle))
 
 
+QUERY = "transformer_blocks.{}.attn1.to_q.weight"
+
+
 @pytest.fixture
 def one_in_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tiny model, which has three blocks, be deep enough for one to be spared."""
@@ -254,24 +263,27 @@ def one_in_three(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_last_blocks_stay_as_they_are_unless_others_are_chosen(
     precision: str, exclude: tuple[str, ...] | None, excluded: tuple[str, ...], tiny: Tiny, table: Path, tmp_path: Path
 ) -> None:
-    static = precision.startswith("int8/")
-    how = Quantizing(table if static else None, exclude=exclude)
-    request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=how)
-    bundle = bundle_from_checkpoint(request, tmp_path / "5b")
-    entry = bundle.network("transformer").quantization
-    assert entry is not None
+    checkpoint = Checkpoint(tiny("5b"))
+    how = Quantizing(table if precision.startswith("int8/") else None, exclude=exclude)
+    recipe = Recipe.parse(precision, "bf16")
+    made = quantize_components(how, recipe, checkpoint, (), tmp_path, SilentProgress())
+    entry = made["transformer"].entry
     assert (entry.excluded, entry.layers) == (excluded, 18 - 6 * len(excluded))
-    assert not any(f"{place}." in layer for place in excluded for layer in places_quantized(bundle))
-    again = [word for place in excluded or ("none",) for word in ("--exclude", place)]
-    assert " ".join(again) in bundle.export_command(bundle.shapes)
-    assert bundle.network("text_encoder").quantization.excluded == ()  # type: ignore[union-attr]
+    assert made["text_encoder"].entry.excluded == ()
+    stored = made["transformer"].made.tensors
+    kept = {f"transformer_blocks.{block}" for block in range(3) if stored[QUERY.format(block)].dtype != "I8"}
+    assert kept == set(excluded)
 
 
-def test_the_manifest_says_how_to_export_it_again(quantized: Quantized, table: Path) -> None:
+def test_the_manifest_says_how_to_export_it_again(quantized: Quantized, table: Path, exported: Exported) -> None:
+    plain = exported("5b", frames=9)
     bundle = quantized("fp8/fp32", attention=True)
     command = bundle.export_command(bundle.shapes)
-    for words in ("--precision fp8/fp32", f"--calibration {table}", "--quantize-attention"):
+    for words in ("--precision fp8/fp32", f"--calibration {table}", "--quantize-attention", "--exclude none"):
         assert words in command
+    bundle = quantized("int8/fp32", exclude=("transformer_blocks.0",))
+    assert "--exclude transformer_blocks.0" in bundle.export_command(bundle.shapes)
+    assert "--exclude" not in plain.export_command(plain.shapes)
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,11 @@ def test_operations_of_the_decoder_are_those_of_its_compiled_plan() -> None:
     assert vae.flops("decoder", (3, 60, 90)) == pytest.approx(58.386e12, rel=1e-4)  # TensorRT for RTX, first chunk
     assert vae.flops("decoder", (2, 60, 90)) == pytest.approx(50.929e12, rel=1e-4)  # a steady one
     assert vae.flops("decoder", (5, 60, 90)) == vae.flops("decoder", (3, 60, 90)) + vae.flops("decoder", (2, 60, 90))
+
+
+def test_blocks_that_int8_and_fp8_leave_as_they_are_weigh_twice_as_much() -> None:
+    known = Architecture.of_model(MODELS["5b"])
+    block = known.transformer.linear_parameters // known.transformer.layers
+    least = weight_bytes(known, "int8wo")["transformer"]
+    for precision in ("int8", "fp8"):
+        assert weight_bytes(known, precision)["transformer"] == least + 2 * block
