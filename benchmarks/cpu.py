@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from report import conditions
 
-from cvx_deploy.bundle import Bundle, Precision
+from cvx_deploy.bundle import Bundle
 from cvx_deploy.models import Shape
 from cvx_deploy.runtime.open import EngineName, open_backend
 
@@ -64,7 +64,7 @@ class Ours:
     """A peer that runs a bundle: on which engine, in which precision, with the rewrites or without."""
 
     engine: EngineName
-    precision: Precision
+    precision: str
     rewrites: tuple[str, ...] | None = None
 
 
@@ -86,7 +86,16 @@ PEERS: dict[str, Ours | Eager] = {
     "openvino-plain-fp32": Ours("openvino", "fp32", rewrites=()),
     "openvino-fp32": Ours("openvino", "fp32"),
     "openvino-bf16": Ours("openvino", "bf16"),
+    "onnxruntime-int8": Ours("onnxruntime", "int8/fp32"),
+    "openvino-int8": Ours("openvino", "int8/fp32"),
 }
+PAIRS = (
+    ("onnxruntime-int8", "onnxruntime-fp32"),
+    ("openvino-int8", "openvino-fp32"),
+    ("onnxruntime-fp32", "onnxruntime-plain-fp32"),
+    ("openvino-fp32", "openvino-plain-fp32"),
+)
+"""What is also said: the speed of the first against that of the second."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +106,14 @@ class Timing:
         seconds: Of each round after the warm-up.
         load_seconds: From nothing to the first result.
         speedup: Median over the rounds of the reference's seconds over its own, then the least and the most.
-        error: L2 distance of its result from the reference's, over the length of that.
+        error: L2 distance of its result from the reference's, over the length of that; `cosine` of the angle between.
     """
 
     seconds: list[float]
     load_seconds: float
     speedup: tuple[float, float, float]
     error: float
+    cosine: float
 
 
 def make_checkpoint(work: Path) -> Path:
@@ -115,14 +125,32 @@ def make_checkpoint(work: Path) -> Path:
     return place
 
 
+def make_table(work: Path) -> Path:
+    """Return a table of the checkpoint's activations, of one prompt at a small size."""
+    table = work / "calibration.safetensors"
+    if not table.exists():
+        words = ["quantize", "--model", "5b", "--checkpoint", make_checkpoint(work), "--shape", "9x96x128"]
+        words += ["--num-prompts", "1", "--steps", "3", "--output", table, "--quiet"]
+        subprocess.run([sys.executable, "-m", "cvx_deploy", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    return table
+
+
 def make_bundle(work: Path, case: Case, peer: Ours) -> Bundle:
     """Return the bundle a peer runs; in a new work folder only, for the graphs may have changed since."""
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+    from cvx_deploy.exporters.quantized import Quantizing
 
-    place = work / f"{case.shape}-{peer.precision}{'-plain' if peer.rewrites == () else ''}"
+    precision = peer.precision.replace("/", "-")
+    place = work / f"{case.shape}-{precision}{'-plain' if peer.rewrites == () else ''}"
     if not place.exists():
+        table = make_table(work) if peer.precision.startswith("int8") else None
         request = ExportRequest(
-            "5b", make_checkpoint(work), shapes=(case.shape,), precision=peer.precision, rewrites=peer.rewrites
+            "5b",
+            make_checkpoint(work),
+            shapes=(case.shape,),
+            precision=peer.precision,
+            rewrites=peer.rewrites,
+            quantizing=Quantizing(calibration=table, any_shape=table is not None),
         )
         bundle_from_checkpoint(request, place)
     return Bundle.open(place)
@@ -215,7 +243,9 @@ EAGER: dict[str, Callable[[Path, Case, dict[str, Any], Any], Callable[[], Any]]]
 
 def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str, Timing]:
     """Run one case on every peer in turn, round by round, after a round of warm-up that also compares results."""
-    case, loads, errors = CASES[name], dict[str, float](), dict[str, float]()
+    case, loads = CASES[name], dict[str, float]()
+    off: dict[str, tuple[float, float]] = {}
+    peers = [peer for peer in peers if case.role == "transformer" or "int8" not in peer]  # the others stay as they are
     seconds: dict[str, list[float]] = {peer: [] for peer in peers}
     expected: NDArray[Any] | None = None
     with ExitStack() as stack:
@@ -226,7 +256,7 @@ def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str,
             found = loaded[peer]().astype(np.float64)
             loads[peer] = round(time.perf_counter() - start, 2)
             expected = found if expected is None else expected
-            errors[peer] = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+            off[peer] = apart(found, expected)
             gc.collect()
         for _ in range(runs):
             for peer, run in loaded.items():
@@ -234,8 +264,7 @@ def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str,
                 run()
                 seconds[peer].append(round(time.perf_counter() - start, 4))
     return {
-        peer: Timing(took, loads[peer], speedup(seconds[REFERENCE], took), errors[peer])
-        for peer, took in seconds.items()
+        peer: Timing(took, loads[peer], speedup(seconds[REFERENCE], took), *off[peer]) for peer, took in seconds.items()
     }
 
 
@@ -256,10 +285,17 @@ def measure_miniature(work: Path, runs: int) -> dict[str, Timing]:
             took[1:],
             took[0],
             speedup(seconds[engines[0]][1:], took[1:]),
-            float(np.linalg.norm(videos[engine] - first) / np.linalg.norm(first)),
+            *apart(videos[engine], first),
         )
         for engine, took in seconds.items()
     }
+
+
+def apart(found: NDArray[np.float64], expected: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the relative L2 distance of two results, and the cosine of the angle between them."""
+    lengths = np.linalg.norm(found), np.linalg.norm(expected)
+    distance = np.linalg.norm(found - expected) / lengths[1]
+    return float(distance), float(np.vdot(found, expected) / (lengths[0] * lengths[1]))
 
 
 def speedup(reference: Sequence[float], took: Sequence[float]) -> tuple[float, float, float]:
@@ -287,19 +323,25 @@ def report(results: dict[str, Any]) -> str:
         what = f"`{case.role}` at {case.shape}, batch 1" if case else "`cvx-deploy run --model mini`, shell to video"
         lines += [f"## {name}", "", f"{what}, {result['runs']} rounds.", ""]
         lines += [
-            "| peer | seconds | speed-up | relative L2 error | to the first result |",
-            "| --- | --- | --- | --- | --- |",
+            "| peer | seconds | speed-up | relative L2 error | cosine | to the first result |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for peer, one in result["peers"].items():
             middle, least, most = one["speedup"]
             lines.append(
                 f"| {peer} | {statistics.median(one['seconds']):.2f} | {middle:.2f} ({least:.2f} to {most:.2f}) "
-                f"| {one['error']:.1e} | {one['load_seconds']:.1f} s |"
+                f"| {one['error']:.1e} | {one['cosine']:.6f} | {one['load_seconds']:.1f} s |"
             )
-        lines.append("")
+        lines += ["", *(compared(result["peers"], *pair) for pair in PAIRS if set(pair) <= set(result["peers"])), ""]
     lines += ["Conditions of the first case:", "", "```json"]
     lines += [json.dumps(next(iter(results.values()))["conditions"], indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def compared(peers: dict[str, Any], one: str, other: str) -> str:
+    """Say how fast one peer is against another, round by round."""
+    middle, least, most = speedup(peers[other]["seconds"], peers[one]["seconds"])
+    return f"- {one} against {other}: {middle:.2f} ({least:.2f} to {most:.2f})"
 
 
 def main() -> None:

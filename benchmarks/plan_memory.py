@@ -43,6 +43,8 @@ SESSIONS = (
     ("5b-wide", "9x192x192", "transformer", 2),
     ("5b-wide", "9x384x384", "transformer", 1),
     ("5b-wide", "9x384x384", "transformer", 2),
+    ("5b-wide", "17x624x640", "transformer", 1),
+    ("5b-wide", "17x624x640", "transformer", 2),
     ("5b-wide", "9x96x128", "text_encoder", 1),
     ("5b-wide", "9x96x128", "modulation", 1),
     ("5b-wide", "9x96x128", "vae_decoder", 1),

@@ -2,7 +2,7 @@
 
     python benchmarks/readme.py [--keep]
 
-With ``--keep`` nothing is measured: the README gets the table of the committed results.
+With ``--keep`` nothing is measured: the README gets the table of the committed results, and these their other forms.
 """
 
 import argparse
@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cvx_deploy.report.markdown import summary
+from cvx_deploy.report.html import page
+from cvx_deploy.report.markdown import report, summary
 from cvx_deploy.report.results import BenchResults, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,11 @@ def measure() -> None:
     engines = [word for engine in ENGINES for word in ("--engine", engine)]
     command = [sys.executable, "-m", "cvx_deploy", "bench", "--model", "mini", *engines, "--output", str(FOLDER)]
     subprocess.run([*command, "--quiet"], check=True, stdout=sys.stderr)
+
+
+def forms(results: BenchResults) -> dict[str, str]:
+    """Return what a person reads of some results, by file name."""
+    return {"bench.md": report(results), "bench.html": page(results)}
 
 
 def block(results: BenchResults) -> str:
@@ -48,9 +54,11 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="measure nothing")
     if not parser.parse_args().keep:
         measure()
+    results = read_results(FOLDER / "bench.json")
+    for name, text in forms(results).items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
     readme = ROOT / "README.md"
-    text = with_block(readme.read_text(encoding="utf-8"), read_results(FOLDER / "bench.json"))
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -439,7 +439,8 @@ def _quantizing(networks: Iterable[Network]) -> list[tuple[str, object]]:
     found = [network.quantization for network in networks if network.quantization is not None]
     tables = {quantization.calibration[0] for quantization in found if quantization.calibration is not None}
     excluded = dict.fromkeys(place for quantization in found for place in quantization.excluded)
-    return [*(("calibration", table) for table in tables), *(("exclude", place) for place in excluded)]
+    places = [*excluded] or (["none"] if found else [])  # said, since the default depends on the model
+    return [*(("calibration", table) for table in tables), *(("exclude", place) for place in places)]
 
 
 def may_replace(output: Path) -> bool:

@@ -1,5 +1,6 @@
 """Whether a bundle is sound: every hash, every weight's place, every graph; and whether the engine loads it."""
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ class NetworkReport:
         nodes: How many nodes the graph has.
         weights: How many of its tensors lie in weight files.
         loaded: The video sizes that the engine loaded it at.
+        kernels: How many of its layers the engine runs in few bits, by kernel; None unless it is quantized and loaded.
         findings: What is wrong with it.
     """
 
@@ -44,6 +46,7 @@ class NetworkReport:
     weights: int
     loaded: tuple[str, ...]
     findings: tuple[str, ...]
+    kernels: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Verification:
         for name, network in self.networks.items():
             facts = f"opset {network.opset}, {network.nodes:,} nodes, {network.weights:,} weights"
             loaded = f", loads at {', '.join(network.loaded)}" if network.loaded else ""
-            yield from _part(name, facts + loaded, network.findings)
+            kernels = "".join(f", {count} {kernel}" for kernel, count in (network.kernels or {}).items())
+            yield from _part(name, facts + loaded + kernels, network.findings)
         yield from self.notes
 
 
@@ -99,7 +103,8 @@ def verify(bundle: Bundle, progress: Progress, *, load: bool = False, quick: boo
     Args:
         bundle: As `Bundle.read` gives it: nothing in it is trusted yet.
         progress: Told the bytes hashed.
-        load: Whether to load every sound network in ONNX Runtime, at every shape it is used at.
+        load: Whether to load every sound network in ONNX Runtime, at every shape it is used at, and to see that its
+            quantized layers run in few bits.
         quick: Whether to hash only those weight files whose time stamps are not the manifest's, as a run does.
     """
     manifest = bundle.manifest
@@ -112,7 +117,8 @@ def verify(bundle: Bundle, progress: Progress, *, load: bool = False, quick: boo
     networks = _networks(bundle, progress, weights)
     notes: tuple[str, ...] = ()
     if load:
-        networks, notes = _loaded(bundle, progress, weights, networks)
+        with tempfile.TemporaryDirectory() as folder:
+            networks, notes = _loaded(bundle, progress, weights, networks, Path(folder))
     return Verification(bundle.path, tokenizer, weights, networks, notes)
 
 
@@ -173,13 +179,18 @@ def _places(bundle: Bundle, name: str) -> "WeightPlaces":
 
 
 def _loaded(
-    bundle: Bundle, progress: Progress, weights: Mapping[str, FileReport], networks: dict[str, NetworkReport]
+    bundle: Bundle,
+    progress: Progress,
+    weights: Mapping[str, FileReport],
+    networks: dict[str, NetworkReport],
+    folder: Path,
 ) -> tuple[dict[str, NetworkReport], tuple[str, ...]]:
     """Load every network that is sound so far at every shape, and return the reports with what came of it."""
+    from cvx_deploy.build.ort_kernels import quantized_kernels, shortfall
     from cvx_deploy.runtime.ort import OrtBackend
 
     try:
-        backend = OrtBackend(bundle, progress=progress)
+        backend = OrtBackend(bundle, progress=progress, optimized=folder)
     except CvxError as error:
         return networks, (f"not loaded: {error.what}",)
     networks = dict(networks)
@@ -194,6 +205,11 @@ def _loaded(
                 failures = _failures(partial(_load, backend, role, name, seen))
             loaded = networks[name].loaded + (() if failures else (str(entry.shape),))
             networks[name] = replace(networks[name], loaded=loaded, findings=failures)
+            quantization = bundle.manifest.networks[name].quantization
+            if quantization is not None and not failures:
+                kernels = quantized_kernels(folder / f"{role}.onnx", quantization.scheme)
+                findings = shortfall(kernels, quantization)
+                networks[name] = replace(networks[name], kernels=kernels, findings=findings)
     return networks, ()
 
 

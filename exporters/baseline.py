@@ -39,10 +39,12 @@ class EagerPipeline:
 
     def __init__(self, checkpoint: Path, bundle: Bundle, way: Baseline, device: str) -> None:
         self._bundle, self._device = bundle, device
-        dtype = _DTYPES[bundle.network("transformer").precision]
+        dtype, variant = _DTYPES[bundle.network("transformer").precision], bundle.manifest.provenance.get("variant")
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        self._pipeline: Any = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=dtype).to(device)
+        self._pipeline: Any = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=dtype, variant=variant).to(
+            device
+        )
         self._pipeline.set_progress_bar_config(disable=True)
         transformer = self._pipeline.transformer
         if way in ("int8", "fp8"):

@@ -146,6 +146,21 @@ class EagerSession:
         names = [spec.name for spec in self._described.outputs]
         return {name: value.float().cpu().numpy() for name, value in zip(names, outputs, strict=True)}
 
+    def modules(self) -> Iterator[tuple[str, Any]]:
+        """Yield every module within it with the name that its trace has."""
+        roots = {"encoder": self._network} if self._role == "text_encoder" else {"model": self._network}
+        if self._role.startswith("vae"):
+            roots = dict(zip(("coder", "before", "after"), self._vae_parts(), strict=True))
+        for first, root in roots.items():
+            if root is not None:
+                yield from ((f"{first}.{name}" if name else first, module) for name, module in root.named_modules())
+
+    def _vae_parts(self) -> tuple[Any, Any, Any]:
+        """Return the coder, and what stands before and after it."""
+        if self._role.startswith("vae_encoder"):
+            return self._network.encoder, None, self._network.quant_conv
+        return self._network.decoder, self._network.post_quant_conv, None
+
     def text_encoder(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the prompt embeddings."""
         return (self._network(inputs["input_ids"])[0],)
@@ -179,12 +194,9 @@ class EagerSession:
 
     def vae(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return a chunk's output and the state for the next one."""
-        model, described = self._network, self._described
-        coder, before, after = (model.decoder, model.post_quant_conv, None)
-        if self._role.startswith("vae_encoder"):
-            coder, before, after = (model.encoder, None, model.quant_conv)
+        described = self._described
         names = tuple(spec.name.removeprefix("cache.") for spec in described.inputs[1:])
-        chunk = VaeChunk(coder, before, after, names, keep_cache=len(described.outputs) > 1)
+        chunk = VaeChunk(*self._vae_parts(), names, keep_cache=len(described.outputs) > 1)
         output: tuple[torch.Tensor, ...] = chunk(*(inputs[spec.name] for spec in described.inputs))
         return output
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvx_deploy.bundle import Quantization
+from cvx_deploy.bundle import Quantization, SchemeName
 from cvx_deploy.errors import RecipeError
 from cvx_deploy.exporters.calibrate import checkpoint_digest
 from cvx_deploy.exporters.checkpoint import Checkpoint, Made
@@ -13,9 +13,9 @@ from cvx_deploy.exporters.quantized_weights import LayerWeights, quantize_compon
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
-from cvx_deploy.quantize.layers import quantizable, without
+from cvx_deploy.quantize.layers import quantizable, sensitive_places, without
 from cvx_deploy.quantize.placement import Placement
-from cvx_deploy.quantize.recipe import SCHEMES, Recipe
+from cvx_deploy.quantize.recipe import SCHEMES, NetworkPrecision, Recipe
 from cvx_deploy.quantize.table import CalibrationTable
 
 
@@ -26,13 +26,13 @@ class Quantizing:
     Attributes:
         calibration: The table with the activations' ranges, for schemes that quantize activations.
         any_shape: Whether a table that was made at another video size will do.
-        exclude: Layers, or modules that hold some, to leave as they are.
+        exclude: Layers, or modules that hold some, to leave as they are; None for the most sensitive blocks.
         attention: Whether attention is to multiply in E4M3.
     """
 
     calibration: Path | None = None
     any_shape: bool = False
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[str, ...] | None = None
     attention: bool = False
 
     def check(self, recipe: Recipe) -> None:
@@ -78,9 +78,14 @@ def quantize_components(
         for shape in shapes:
             table.require(checkpoint.traits, checkpoint_digest(checkpoint), shape, quantizing.any_shape)
     layers = {name: quantizable(name, checkpoint.tensors(name)) for name in components}
-    excluded = _excluded(quantizing.exclude, layers)
+    if quantizing.exclude is None:
+        excluded = {name: sensitive_places(name, _scheme(recipe, name), layers[name]) for name in components}
+    else:
+        excluded = _excluded(quantizing.exclude, layers)
     made = {}
     for name in components:
+        if quantizing.exclude is None and excluded[name]:
+            progress.note(_spared(excluded[name], recipe.of(name)))
         attention = quantizing.attention and name == "transformer"
         weights = LayerWeights(
             name,
@@ -97,6 +102,19 @@ def quantize_components(
     if "transformer" in made:
         (folder / MERGED).unlink(missing_ok=True)  # the quantized file holds what adapters changed
     return made
+
+
+def _scheme(recipe: Recipe, component: str) -> SchemeName:
+    scheme = recipe.of(component).scheme
+    assert scheme is not None
+    return scheme
+
+
+def _spared(places: tuple[str, ...], precision: NetworkPrecision) -> str:
+    return (
+        f"{', '.join(places)} stay in {precision.compute}: the last blocks suffer most from {precision.scheme}; "
+        "--exclude chooses others, --exclude none quantizes all"
+    )
 
 
 def _excluded(places: tuple[str, ...], layers: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:

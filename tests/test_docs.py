@@ -118,6 +118,9 @@ def test_errors_page_is_made_from_the_code() -> None:
     assert list(made["CAUSES"]) == made["classes"]()
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert page == made["page"](), "run: python scripts/errors_page.py"
+    rows = [row.strip("| ").split(" | ") for row in page.splitlines() if row.startswith("| ")]
+    assert not [row for row in rows if "..." in row[:2]], "a message or a cure that says nothing"
+    assert not [row for row in rows if len(row) != 2]
 
 
 RUN = re.compile(r"^<!-- run -->\n```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -128,7 +128,8 @@ def runtime(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_runtime_dependencies_bring_no_torch(runtime: Path, tmp_path: Path) -> None:
-    code = f"import importlib.util as u; print([name for name in {HEAVY} if u.find_spec(name)])"
+    heavy = [name for name in HEAVY if name != "onnx"]  # which the runtime has, and imports where it needs it
+    code = f"import importlib.util as u; print([name for name in {heavy} if u.find_spec(name)])"
     assert command(runtime / "python", "-c", code, cwd=tmp_path).stdout == "[]\n"
 
 

@@ -135,7 +135,8 @@ class Findings:
 
     Attributes:
         attentions: How many attentions the graph has, and `fused_attentions` how many of them are one kernel.
-        fused: What did fuse, in words: a line for each attention, and one for each type quantized layers run in.
+        fused: What did fuse, in words: a line for each attention, and one for each type that quantized layers, and
+            quantized attentions, run in.
     """
 
     role: str
@@ -272,8 +273,11 @@ def _judge_quantized(plan: CompiledPlan, facts: NetworkFacts) -> Iterator[Findin
 
 def _quantized_lines(plan: CompiledPlan, facts: NetworkFacts) -> Iterator[str]:
     doing = [_matrix_kernels(plan, name) for name in facts.quantized]
-    types = Counter(kernels[0].operand_type for kernels in doing if kernels and all(map(_is_quantized, kernels)))
-    return (f"{count} of {len(doing)} quantized layers run in {dtype}" for dtype, count in types.items())
+    attentions = [kernels for kernels in doing if kernels and kernels[0].kind == "attention"]
+    layers = [kernels for kernels in doing if kernels not in attentions]
+    for what, group in (("layers", layers), ("attentions", attentions)):
+        types = Counter(kernels[0].operand_type for kernels in group if kernels and all(map(_is_quantized, kernels)))
+        yield from (f"{count} of {len(group)} quantized {what} run in {dtype}" for dtype, count in types.items())
 
 
 def _matrix_kernels(plan: CompiledPlan, name: str) -> list[Kernel]:

@@ -8,8 +8,11 @@ import click
 
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
+    CHECKPOINT_FORMS,
     ENGINES_DIR,
     LORAS,
+    OFFLINE,
+    REVISION,
     Result,
     need_export_extra,
     plain_name,
@@ -63,11 +66,11 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
 @click.option(
     "--checkpoint",
     metavar="DIR|ID",
-    help="A folder in diffusers layout, a Hugging Face id, or modelscope://ID. Default: the model's Hugging Face id.",
+    help=f"{CHECKPOINT_FORMS} Default: the model's Hugging Face id.",
 )
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a hub's repository.")
+@REVISION
 @click.option("--variant", metavar="NAME", help="Which weight files, such as fp16 for *.fp16.safetensors.")
-@click.option("--offline", is_flag=True, help="Use what has been fetched before, and no network.")
+@OFFLINE
 @sizes("A video size, such as 49x480x720; again for more in the bundle.", "the model's", several=True)
 @click.option(
     "--precision",
@@ -87,8 +90,9 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
 @click.option(
     "--exclude",
     multiple=True,
-    metavar="PLACE|FILE",
-    help="Layers not to quantize: one, a module of some, or a file of quantize --sensitivity; again for more.",
+    metavar="PLACE|FILE|none",
+    help="Layers not to quantize: one, a module of some, or a file of quantize --sensitivity; again for more. Default: "
+    "for int8 and fp8 the last of every 16 blocks, the most sensitive ones.",
 )
 @click.option("--quantize-attention", is_flag=True, help="Let attention multiply in fp8 too. TensorRT only.")
 @click.option(
@@ -153,6 +157,11 @@ def export(
         "precision": manifest.precision,
         "loras": [asdict(lora) for lora in manifest.loras],
         "networks": networks,
+        "quantized": {
+            name: asdict(network.quantization)
+            for name, network in manifest.networks.items()
+            if network.quantization is not None
+        },
     }
     return values, str(bundle.path)
 

@@ -1,25 +1,28 @@
 """The command that proves parity."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import Result, need_export_extra, reporting, shape_of, which_bundle
+from cvx_deploy.cli.options import Result, need_export_extra, reference, reporting, shape_of, which_bundle
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
 from cvx_deploy.runtime.open import ENGINES, EngineName
 
+if TYPE_CHECKING:
+    from cvx_deploy.exporters.reference import Reference
+
 
 @cli.command()
 @which_bundle
+@reference
 @click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="What it should agree with. Default: what it was exported from.",
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="The last rung; it fails where this cannot run. Default: onnxruntime, for bf16 openvino; skipped for fp8.",
 )
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="The last rung.")
 @click.option(
     "--level",
     type=click.Choice(["networks", "trajectory", "video"]),
@@ -37,8 +40,8 @@ from cvx_deploy.runtime.open import ENGINES, EngineName
 @reporting
 def check(
     path: Path,
-    checkpoint: Path | None,
-    engine: EngineName,
+    reference: "Reference",
+    engine: EngineName | None,
     level: str,
     shapes: tuple[Shape, ...],
     prompt: str | None,
@@ -62,7 +65,7 @@ def check(
     from cvx_deploy.testing import parity
 
     request = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes)  # type: ignore[arg-type]
-    found = parity(Bundle.open(path), checkpoint, request, progress, output)
+    found = parity(Bundle.open(path), reference, request, progress, output)
     values = found.as_dict()
     if found.error is not None:
         values["error"] = {"type": "ParityError", "what": found.error.what, "fix": found.error.fix}

@@ -52,7 +52,7 @@ def _batch(text: str) -> tuple[int, int]:
     "--engine",
     type=click.Choice([*ENGINE_KINDS, "onnxruntime"]),
     help="Default: tensorrt-rtx when --target is given or only it is installed, else tensorrt. onnxruntime compiles "
-    "nothing: every network is loaded once.",
+    "nothing: every network is loaded once, and its quantized layers are counted.",
 )
 @click.option(
     "--target",
@@ -145,8 +145,10 @@ def build(
 
 def _loaded(bundle: "Bundle", progress: Progress) -> Result:
     """Load every network in ONNX Runtime, which runs the graphs as they are."""
+    from cvx_deploy.runtime.ort import OrtBackend
     from cvx_deploy.verify import verify
 
+    OrtBackend(bundle)  # says of what it cannot run fast what to do instead
     found = verify(bundle, progress, load=True, quick=True)
     values = {**verdict_values(found, bundle), "engine": "onnxruntime", "engines": []}
     return values, f"{found}\nonnxruntime runs the graphs as they are: there is nothing to compile"

@@ -8,10 +8,10 @@ import click
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
     ENGINES_DIR,
-    MOVED_CHECKPOINT,
     Result,
     bytes_of,
     need_extra,
+    reference,
     reporting,
     sizes,
     which_bundle,
@@ -22,6 +22,7 @@ from cvx_deploy.report.baselines import BASELINES
 from cvx_deploy.runtime.open import ENGINES, EngineName
 
 if TYPE_CHECKING:
+    from cvx_deploy.exporters.reference import Reference
     from cvx_deploy.report.results import BenchResults
 
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="What to measure beside it with PyTorch; again for more. Default: all that can be.",
 )
-@MOVED_CHECKPOINT
+@reference
 @sizes("Which of the bundle's sizes. Default: its first.", "any", several=False)
 @click.option("--prompt", default="a red circle moves to the right", show_default=True, help="What to show.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 def bench(
     path: Path,
     engines: tuple[EngineName, ...],
-    checkpoint: Path | None,
+    reference: "Reference",
     output: Path,
     compare: bool,
     fail_on_regression: bool,
@@ -83,7 +84,7 @@ def bench(
     from cvx_deploy.report.html import page
     from cvx_deploy.report.markdown import report
 
-    results = measure(_request(path, engines or ("onnxruntime",), checkpoint, **options), progress)
+    results = measure(_request(path, engines or ("onnxruntime",), reference, **options), progress)
     places = _write(results, output, {"bench.md": report(results), "bench.html": page(results)})
     return {"files": places, **_as_dict(results)}, f"{report(results, short=True)}\n" + "\n".join(places)
 
@@ -91,7 +92,7 @@ def bench(
 def _request(
     path: Path,
     engines: tuple[EngineName, ...],
-    checkpoint: Path | None,
+    reference: "Reference",
     *,
     baselines: tuple[Any, ...],
     shape: Shape | None,
@@ -111,7 +112,7 @@ def _request(
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
     bundle = bundle_at(Bundle.open(path), wanted, None)
     request = RunRequest((prompt,), "video.mp4", **video)
-    return BenchRequest(bundle, engines, baselines or BASELINES, checkpoint, request, runs, note)
+    return BenchRequest(bundle, engines, baselines or BASELINES, reference, request, runs, note)
 
 
 def _write(results: "BenchResults", output: Path, texts: dict[str, str]) -> list[str]:

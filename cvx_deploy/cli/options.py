@@ -143,6 +143,30 @@ MOVED_CHECKPOINT = click.option(
 )
 
 
+REVISION = click.option("--revision", metavar="REV", help="A branch, tag or commit of a hub's repository.")
+OFFLINE = click.option("--offline", is_flag=True, help="Use what has been fetched before, and no network.")
+CHECKPOINT_FORMS = "A folder in diffusers layout, a Hugging Face id, or modelscope://ID."
+
+
+def reference(command: Command) -> Command:
+    """Give a command the options that name the checkpoint a bundle is held against, as one argument ``reference``."""
+
+    @click.option(
+        "--checkpoint",
+        metavar="DIR|ID",
+        help=f"What to hold it against. {CHECKPOINT_FORMS} Default: what it was exported from.",
+    )
+    @REVISION
+    @OFFLINE
+    @functools.wraps(command)
+    def held(*, checkpoint: str | None, revision: str | None, offline: bool, **options: Any) -> Any:
+        from cvx_deploy.exporters.reference import Reference
+
+        return command(reference=Reference(checkpoint, revision, offline), **options)
+
+    return held
+
+
 def open_bundle(path: Path, checkpoint: Path | None) -> "Bundle":
     """Open a bundle whose weights may have moved, as `MOVED_CHECKPOINT` says."""
     from cvx_deploy.bundle import Bundle

@@ -16,13 +16,14 @@ from onnx import TensorProto
 
 from cvx_deploy.bundle import Network, TensorSpec
 
-_STORED = {
+_STORED: dict[str, tuple[str, float]] = {
     **{"DOUBLE": ("F64", 8), "FLOAT": ("F32", 4), "FLOAT16": ("F16", 2), "BFLOAT16": ("BF16", 2)},
     **{"FLOAT8E4M3FN": ("F8_E4M3", 1), "FLOAT8E5M2": ("F8_E5M2", 1), "BOOL": ("BOOL", 1)},
     **{"INT64": ("I64", 8), "INT32": ("I32", 4), "INT16": ("I16", 2), "INT8": ("I8", 1)},
     **{"UINT64": ("U64", 8), "UINT32": ("U32", 4), "UINT16": ("U16", 2), "UINT8": ("U8", 1)},
+    "INT4": ("U8", 0.5),
 }
-"""ONNX type to the safetensors name of the same, and its bytes."""
+"""ONNX type to the safetensors name of the same, and its bytes; two INT4 lie in one byte, which has no other name."""
 
 _BOUNDARY = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64"}
 _LONGEST = 400  # characters of what onnx says of one graph
@@ -121,13 +122,15 @@ def _place_finding(tensor: TensorProto, place: Mapping[str, str], file: WeightPl
     if type_name not in _STORED:
         return f"is of type {type_name}, which no weight file has"
     stored_type, item = _STORED[type_name]
-    shape = tuple(tensor.dims)
+    shape, size = tuple(tensor.dims), int(math.prod(tensor.dims) * item)
+    if type_name == "INT4":
+        shape = (size,)
     try:
         offset, length = int(place["offset"]), int(place["length"])
     except (KeyError, ValueError):
         return "has no byte range"
-    if length != math.prod(shape) * item:
-        return f"has {length:,} bytes, where {type_name} of {list(shape)} has {math.prod(shape) * item:,}"
+    if length != size:
+        return f"has {length:,} bytes, where {type_name} of {list(tensor.dims)} has {size:,}"
     if offset < 0 or offset + length > file.size:
         return f"ends at byte {offset + length:,} of {file.size:,}"
     if file.tensors is None:

@@ -7,10 +7,13 @@ tensor of the network, its *unit*; how many units that are was read off compiled
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
+from cvx_deploy.bundle import SchemeName
 from cvx_deploy.models import Shape
-from cvx_deploy.plan.architecture import CHUNK, Architecture
+from cvx_deploy.plan.architecture import CHUNK, Architecture, Transformer
+from cvx_deploy.quantize.recipe import spared_blocks
+from cvx_deploy.runtime.ort_attention import TILED_CELLS
 
 Network = Literal["text_encoder", "modulation", "transformer", "vae_decoder"]
 NETWORKS: Final[tuple[Network, ...]] = get_args(Network)
@@ -33,7 +36,8 @@ _GPU_DECODER = 6.5  # of a chunk's pixels x the channels of the last block
 _GPU_MODULATION = 26.0  # of its output
 
 # ONNX Runtime 1.32 on a CPU, fp32, weights published in half precision.
-_CPU_TRANSFORMER = 19.2
+_CPU_TRANSFORMER = 19.2  # beside the scores
+_CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
 _CPU_TEXT = 16.0
 _CPU_DECODER = 11.0
 _CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
@@ -85,7 +89,7 @@ def item_bytes(precision: PrecisionName) -> int:
 def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[Network, int]:
     """Return the bytes of each network's weights.
 
-    Quantized are the linear layers of the transformer's blocks, and T5's to 8 bits.
+    Quantized are the linear layers of the transformer's blocks, but for those that are spared, and T5's to 8 bits.
     """
     item = item_bytes(precision)
     transformer, text = architecture.transformer, architecture.text_encoder
@@ -94,9 +98,17 @@ def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[N
     return {
         "text_encoder": _mixed(text.parameters, text.linear_parameters, item, text_linear),
         "modulation": transformer.modulation_parameters * item,
-        "transformer": _mixed(transformer.parameters, transformer.linear_parameters, item, linear),
+        "transformer": _mixed(transformer.parameters, _quantized(transformer, precision), item, linear),
         "vae_decoder": architecture.vae.parameters("decoder") * item,
     }
+
+
+def _quantized(transformer: Transformer, precision: PrecisionName) -> int:
+    """Return how many parameters of the transformer have fewer bits than the rest."""
+    if precision not in get_args(SchemeName):
+        return 0
+    spared = len(spared_blocks(cast(SchemeName, precision), transformer.layers))
+    return transformer.linear_parameters // transformer.layers * (transformer.layers - spared)
 
 
 def gpu_needs(
@@ -130,8 +142,8 @@ def gpu_needs(
 def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Network, Needs]:
     """Return what every network needs once it has been loaded in ONNX Runtime on a CPU, in fp32.
 
-    Attention is not one kernel there: the scores of all pairs of tokens are held. A video of several chunks has two
-    sessions of the VAE, each with weights and memory of its own.
+    Attention of few tokens holds the scores of all pairs, that of many goes through them in tiles. A video of several
+    chunks has two sessions of the VAE, each with weights and memory of its own.
     """
     held = {name: int(_CPU_HELD[name] * size) for name, size in weight_bytes(architecture, "fp32").items()}
     text, transformer = architecture.text_encoder, architecture.transformer
@@ -146,7 +158,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
         "modulation": Needs(held["modulation"], _modulation_rows(architecture)),
         "transformer": Needs(
             held["transformer"] + _CPU_LAYER * transformer.layers,
-            _units(_CPU_TRANSFORMER, _token_unit(architecture, shape, batch, 4)) + _scores(architecture, shape, batch),
+            _cpu_transformer(architecture, shape, batch),
         ),
         "vae_decoder": Needs(
             sessions * (held["vae_decoder"] + _CPU_DECODER_NODES),
@@ -191,6 +203,13 @@ def _token_unit(architecture: Architecture, shape: Shape, batch: int, item: int)
 def _scores(architecture: Architecture, shape: Shape, batch: int) -> int:
     """Return the bytes of one float32 for every head and every pair of tokens."""
     return 4 * batch * architecture.transformer.heads * architecture.tokens(shape) ** 2
+
+
+def _cpu_transformer(architecture: Architecture, shape: Shape, batch: int) -> int:
+    unit = _token_unit(architecture, shape, batch, 4)
+    if math.prod(architecture.latents(shape)) >= TILED_CELLS:
+        return _units(_CPU_TRANSFORMER_TILED, unit)
+    return _units(_CPU_TRANSFORMER, unit) + _scores(architecture, shape, batch)
 
 
 def _pixel_unit(architecture: Architecture, shape: Shape, item: int) -> int:

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import msgspec
 
+from cvx_deploy.bundle import SchemeName
 from cvx_deploy.errors import RecipeError
+from cvx_deploy.quantize.recipe import spared_blocks
 
 _LAYERS = {
     "transformer": re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"),
     "text_encoder": re.compile(r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_[01]|o))"),
 }
 _SHARED = re.compile(r"(?<=to_)[kv]$|(?<=SelfAttention\.)[kv]$|(?<=wi_)1$")
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 _FIRST = {"k": "q", "v": "q", "1": "0"}
 
 
@@ -26,12 +29,20 @@ def quantizable(component: str, names: Iterable[str]) -> list[str]:
     return [layer for layer in layers if _LAYERS[component].fullmatch(layer)]
 
 
-def excluded_places(words: Iterable[str]) -> tuple[str, ...]:
+def excluded_places(words: Collection[str]) -> tuple[str, ...] | None:
     """Return the places that words name: a place each, or a JSON file with a list ``exclude`` of them.
 
+    No words mean no choice, None; the word ``none`` alone means no places.
+
     Raises:
-        RecipeError: A file is not there, or is not such a file.
+        RecipeError: A file is not there, or is not such a file; or there are places beside ``none``.
     """
+    if not words:
+        return None
+    if "none" in words:
+        if set(words) != {"none"}:
+            raise RecipeError("--exclude names places and none", fix="leave out either")
+        return ()
     places: list[str] = []
     for word in words:
         places += _from_file(Path(word)) if word.endswith(".json") else [word]
@@ -49,6 +60,14 @@ def _from_file(path: Path) -> list[str]:
 
 class _Exclusions(msgspec.Struct):
     exclude: list[str]
+
+
+def sensitive_places(component: str, scheme: SchemeName, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return the places of a component that a scheme leaves as they are, unless other exclusions are asked for."""
+    if component != "transformer":
+        return ()
+    blocks = len({found[1] for layer in layers if (found := _BLOCK.match(layer))})
+    return tuple(f"transformer_blocks.{block}" for block in spared_blocks(scheme, blocks))
 
 
 def without(layers: list[str], excluded: Collection[str]) -> list[str]:

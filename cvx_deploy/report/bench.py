@@ -13,7 +13,7 @@ import numpy as np
 
 from cvx_deploy.build.store import EngineStore
 from cvx_deploy.bundle import Bundle
-from cvx_deploy.errors import CvxError
+from cvx_deploy.exporters.reference import Reference, recorded_checkpoint, reference_checkpoint
 from cvx_deploy.progress import Advance, Progress
 from cvx_deploy.report.baselines import BASELINES, IN_WORDS, Baseline
 from cvx_deploy.report.conditions import conditions
@@ -50,7 +50,7 @@ class BenchRequest:
         bundle: At the shape that is measured.
         engines: What runs it.
         baselines: What it is compared with; those that this machine cannot do are named in the results.
-        checkpoint: Its folder; None for where the bundle says it is.
+        reference: Which checkpoint PyTorch runs; without one of its own, the bundle's, as long as that is there.
         video: One prompt's video; its output is not used.
         runs: Rounds after the warm-up.
         note: What else used the machine.
@@ -59,7 +59,7 @@ class BenchRequest:
     bundle: Bundle
     engines: tuple[EngineName, ...]
     baselines: tuple[Baseline, ...]
-    checkpoint: Path | None
+    reference: Reference
     video: RunRequest
     runs: int
     note: str
@@ -76,7 +76,7 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
     Raises:
         CvxError: An engine cannot run the bundle, or a peer's process ended.
     """
-    bundle, checkpoint = request.bundle, _checkpoint(request)
+    bundle, checkpoint = request.bundle, _checkpoint(request, progress)
     baselines, left_out = _baselines(request, checkpoint)
     kinds: list[PeerKind] = [*baselines, *map(EnginePeer, request.engines)]
     work = Work(bundle.path, bundle.shape, checkpoint, request.video)
@@ -206,16 +206,12 @@ def _built(bundle: Bundle, name: str, checkpoint: Path | None) -> tuple[dict[str
     return {}, {"checkpoint": sum(file.stat().st_size for file in (checkpoint or Path()).glob("*/*.safetensors"))}
 
 
-def _checkpoint(request: BenchRequest) -> Path | None:
-    """Return where the checkpoint lies: where it was said to be, in the bundle, or where that was exported from."""
-    bundle = request.bundle
-    if request.checkpoint is not None and not (request.checkpoint / "model_index.json").exists():
-        raise CvxError(
-            f"{request.checkpoint} is not a checkpoint: it has no model_index.json",
-            fix="name a folder in diffusers layout",
-        )
-    places = (request.checkpoint, bundle.path, Path(bundle.manifest.checkpoint))
-    return next((place for place in places if place is not None and (place / "model_index.json").exists()), None)
+def _checkpoint(request: BenchRequest, progress: Progress) -> Path | None:
+    """Return where the checkpoint lies, fetched if it has to be; None where the one of the bundle is not there."""
+    bundle, reference = request.bundle, request.reference
+    if reference == Reference() and not recorded_checkpoint(bundle).is_dir():
+        return None
+    return reference_checkpoint(bundle, reference, progress).root
 
 
 def _baselines(request: BenchRequest, checkpoint: Path | None) -> tuple[list[EagerPeer], dict[str, str]]:
@@ -230,7 +226,7 @@ def _obstacle(request: BenchRequest, way: Baseline, checkpoint: Path | None) -> 
     if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")):
         return 'PyTorch and diffusers are not installed: pip install "cvx-deploy[export]"'
     if checkpoint is None:
-        return f"there is no checkpoint at {manifest.checkpoint}: name it with --checkpoint DIR"
+        return f"there is no checkpoint at {manifest.checkpoint}: name it with --checkpoint"
     if manifest.loras or manifest.transformer is not None:
         return "the bundle holds a LoRA or a transformer of its own, which the checkpoint does not"
     if way != "eager" and not request.needs_gpu:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cvx_deploy.bundle import Bundle, Manifest, Network, Precision
+from cvx_deploy.bundle import Bundle, Network, Precision
 from cvx_deploy.errors import CvxError
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
@@ -23,7 +23,8 @@ from cvx_deploy.quantize.recipe import COMPONENTS, NetworkPrecision, Recipe
 from cvx_deploy.report.cases import CASES, Arrays, Case, Expected, roles, run_cases
 from cvx_deploy.report.conditions import conditions
 from cvx_deploy.report.difference import difference, drift, video_difference
-from cvx_deploy.report.divergence import first_layers
+from cvx_deploy.report.divergence import Layer, Open, Side, first_layers, first_modules
+from cvx_deploy.report.graph_runner import GraphRunner, graph_runner, last_engine
 from cvx_deploy.report.ladder import (
     Divergence,
     Level,
@@ -51,7 +52,6 @@ _ONCE = ("text_encoder", "modulation")  # the same at every shape
 _PACKAGES = ("cvx-deploy", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 _LEVELS: dict[Level, int] = {"networks": 0, "trajectory": 1, "video": 2}
 
-Open = Callable[[Bundle], AbstractContextManager[Backend]]
 Frames = NDArray[np.float32]
 Show = Callable[[Shape, Frames, Frames], None]
 
@@ -61,14 +61,14 @@ class CheckRequest:
     """What to check.
 
     Attributes:
-        engine: What the last rung runs on.
+        engine: What the last rung runs on, whether it can or not; None for what does on a CPU, if anything.
         level: Networks alone, latents step by step too, or whole videos too.
         steps: Denoising steps of the run that networks' inputs are taken from.
         shapes: Which of the bundle's; all when there are none.
         straight: An export of the checkpoint without rewrites, when there is one already.
     """
 
-    engine: EngineName = "onnxruntime"
+    engine: EngineName | None = None
     level: Level = "video"
     prompt: str = PROMPT
     steps: int = 4
@@ -103,17 +103,23 @@ class _Climb:
         self, bundle: Bundle, checkpoint: "Checkpoint", request: CheckRequest, progress: Progress, folder: Path
     ) -> None:
         from cvx_deploy.exporters.eager import own_precision
+        from cvx_deploy.exporters.reference import require_adapters, with_adapters
 
         self.bundle, self.request, self.progress, self.folder = bundle, request, progress, folder
         self.shapes = request.shapes or bundle.shapes
         self.own: Precision = own_precision(checkpoint)
-        self.graph_engine = _graph_engine(request.engine, bundle.manifest)
-        self.graphs: dict[RungName, Bundle] = {}
-        if self.graph_engine is not None:
-            self.graphs = self._graphs(checkpoint)
-        self.checkpoint = _with_adapters(checkpoint, self.graphs.get("onnx", bundle))
+        self.engine, self.no_engine = last_engine(request.engine, bundle.manifest)
+        require_adapters(bundle)
+        self.graphs = self._graphs(checkpoint)
+        self.runners = {name: graph_runner(self.engine, graph.manifest) for name, graph in self.graphs.items()}
+        self.checkpoint = with_adapters(checkpoint, self.graphs["onnx"])
         self.rungs = self._rungs()
         self.suspects: dict[tuple[RungName, str], tuple[Bundle, str, Case]] = {}
+
+    @property
+    def _last_graphs(self) -> RungName:
+        """The last rung of ONNX graphs: those are the bundle's own."""
+        return list(self.graphs)[-1]
 
     def _graphs(self, checkpoint: "Checkpoint") -> dict[RungName, Bundle]:
         """Return the bundles that the rungs of ONNX graphs run."""
@@ -140,24 +146,20 @@ class _Climb:
         return bundle_from_checkpoint(request, self.folder / name, self.progress)
 
     def _rungs(self) -> dict[RungName, Rung]:
-        bundle, engine = self.bundle, self.request.engine
         eager = f"PyTorch {version('torch')}, diffusers {version('diffusers')}"
         rungs = [Rung("eager", "fp32", eager), Rung("own-type", None, f"{eager}, {self.own}")]
         if self.own == "fp32":
             rungs[1].skipped = "the checkpoint is stored in float32"
-        names: tuple[RungName, ...] = ("onnx", "rewritten", *(("quantized",) if _is_quantized(bundle) else ()))
-        for name in names:
-            run_by = self.graph_engine or "onnxruntime"
-            rung = Rung(name, _row_of_all(self.graphs.get(name, bundle), run_by), _said(run_by))
-            if self.graph_engine is None:
-                rung.skipped = f"nothing here runs graphs of {', '.join(sorted(bundle.manifest.computes_in))}"
-            elif name == "quantized" and "fp8" in bundle.manifest.multiplies_in and not on_gpu(self.graph_engine):
-                rung.skipped = "no CPU multiplies in fp8"
-                del self.graphs[name]
-            rungs.append(rung)
-        rungs.append(Rung("engine", _row_of_all(bundle, engine), _said(engine)))
-        if engine == self.graph_engine:
-            rungs[-1].notes.append(f"its networks are those of the rung {rungs[-2].name}")
+        for name, graph in self.graphs.items():
+            rungs.append(Rung(name, _row_of_all(graph, self.runners[name].engine), str(self.runners[name])))
+        if self.engine is None:
+            instead = f"the rung {self._last_graphs} stands in for it, on {self.runners[self._last_graphs]}"
+            rungs.append(Rung("engine", None, "nothing", skipped=f"{self.no_engine}; {instead}"))
+        else:
+            told = f"{self.engine} {engine_version(self.engine)}"
+            rungs.append(Rung("engine", _row_of_all(self.bundle, self.engine), told))
+            if GraphRunner(self.engine) == self.runners[self._last_graphs]:
+                rungs[-1].notes.append(f"its networks are those of the rung {self._last_graphs}")
         return {rung.name: rung for rung in rungs}
 
     def parity(self, show: Show) -> Parity:
@@ -169,7 +171,7 @@ class _Climb:
         found = Parity(
             str(self.bundle.path),
             str(self.checkpoint.root),
-            self.request.engine,
+            self.engine or "none",
             self.request.level,
             self.bundle.manifest.precision,
             told,
@@ -216,16 +218,21 @@ class _Climb:
         if not self.rungs["own-type"].skipped:
             yield self.rungs["own-type"], eager, self.bundle
         for name, bundle in self.graphs.items():
-            yield self.rungs[name], self._open_graph, bundle
-        if self.request.engine != self.graph_engine:
-            yield self.rungs["engine"], self._open_engine, self.bundle
+            yield self.rungs[name], self._opener(name), bundle
+        if self.engine is not None and GraphRunner(self.engine) != self.runners[self._last_graphs]:
+            yield self.rungs["engine"], self._opener("engine"), self.bundle
 
-    def _open_graph(self, view: Bundle) -> AbstractContextManager[Backend]:
-        assert self.graph_engine is not None
-        return open_backend(self.graph_engine, view, progress=self.progress)
+    def _opener(self, rung: RungName) -> Open:
+        """Return what opens a bundle on what a rung runs on."""
 
-    def _open_engine(self, view: Bundle) -> AbstractContextManager[Backend]:
-        return open_backend(self.request.engine, view, progress=self.progress)
+        def engine(view: Bundle) -> AbstractContextManager[Backend]:
+            assert self.engine is not None
+            return open_backend(self.engine, view, progress=self.progress)
+
+        def graph(view: Bundle) -> AbstractContextManager[Backend]:
+            return self.runners[rung].open(view, self.progress)
+
+        return engine if rung == "engine" else graph
 
     def _check_network(self, view: Bundle, role: str, cases: list[Case]) -> list[tuple[Case, Arrays]]:
         """Run a network on every rung, and return what it should put out."""
@@ -262,14 +269,17 @@ class _Climb:
         """Return what a network is held to; None on the rung that is measured and not judged."""
         if rung.precision is None:
             return None
-        engine = self.request.engine if rung.name == "engine" else self.graph_engine
-        return THRESHOLDS[_row_on(engine or "onnxruntime", "fp32" if rung.name == "eager" else row_of(network))]
+        engine = self.engine if rung.name == "engine" else None
+        return THRESHOLDS[_row_on(engine, "fp32" if rung.name == "eager" else row_of(network))]
 
     def _did_not_run(
         self, rung: Rung, view: Bundle, role: str, failed: list[tuple[Case, CvxError]], *, some_ran: bool
     ) -> None:
         """Note the batch sizes that no engine was compiled for, as long as there is one; all else is a failure."""
-        name, optional = view.network_name(role), rung.name == "engine" and compiled(self.request.engine)
+        name, optional = (
+            view.network_name(role),
+            self.engine is not None and rung.name == "engine" and compiled(self.engine),
+        )
         for case, error in failed:
             if optional and some_ran:
                 rung.notes.append(f"{name} was not run at {case.label}: {error.what}")
@@ -289,13 +299,14 @@ class _Climb:
             rung.videos.append(VideoResult(shape, apart, () if limits is None else apart.beyond(limits)))
 
     def _check_run(self, view: Bundle, wish: "Wish", video: "EagerVideo", show: Show) -> None:
-        """Make the video on the engine, from the same noise, and hold it against diffusers'."""
-        rung, output, kept = self.rungs["engine"], self.folder / "video.npy", self.folder / "latents.npy"
+        """Make the video on the engine, or what stands in for it, from the same noise; hold it against diffusers'."""
+        rung = self.rungs[self._last_graphs if self.engine is None else "engine"]
+        output, kept = self.folder / "video.npy", self.folder / "latents.npy"
         request = RunRequest(
             (wish.prompt,), output, image=wish.image, steps=wish.steps, seed=wish.seed, save_latents=kept
         )
         try:
-            with open_backend(self.request.engine, view, progress=self.progress) as backend:
+            with self._opener(rung.name)(view) as backend:
                 recorder = Recorder(backend)
                 run(recorder, request, self.progress)
         except CvxError as error:
@@ -306,21 +317,29 @@ class _Climb:
         show(view.shape, video.frames, frames)
 
     def _divergence(self, rung: Rung | None) -> Iterator[Divergence]:
-        """Yield where each network of a failing rung parts from the graph as it was traced."""
-        if rung is None or rung.name not in ("rewritten", "quantized"):
-            return
-        from cvx_deploy.graph.probe import Graph
-
+        """Yield where each network of a failing rung parts from a rung that is right."""
         for (name, network), (view, role, case) in self.suspects.items():
-            if name == rung.name:
-                good, bad = (self.graphs[which].at(view.shape) for which in ("onnx", rung.name))
-                limits = THRESHOLDS[row_of(bad.network(role))]
+            if rung is not None and name == rung.name:
                 with self.progress.task(f"find where {network} parts"):
-                    layers = first_layers(
-                        Graph(good, role), Graph(bad, role), self._open_graph, case, limits.relative_l2
-                    )
+                    layers = self._layers(rung, view, role, case)
                 if layers:
                     yield Divergence(network, str(view.shape), tuple(layers))
+
+    def _layers(self, rung: Rung, view: Bundle, role: str, case: Case) -> list[Layer]:
+        """Return the first nodes of a network that differ on a rung, where its inner tensors can be looked at."""
+        limits = self._limits(rung, view.network(role))
+        if limits is None or rung.name == "eager" or (self.engine and rung.name == "engine" and on_gpu(self.engine)):
+            return []
+        bad = self._side(rung.name, view, role)
+        if rung.name == "onnx":
+            return first_modules(self.checkpoint, bad, case, limits.relative_l2)
+        right: RungName = self._last_graphs if rung.name == "engine" else "onnx"
+        return first_layers(self._side(right, view, role), bad, case, limits.relative_l2)
+
+    def _side(self, rung: RungName, view: Bundle, role: str) -> Side:
+        from cvx_deploy.graph.probe import Graph
+
+        return Side(Graph(self.graphs.get(rung, self.bundle).at(view.shape), role), self._opener(rung))
 
 
 def _tried(open_: Open, bundle: Bundle, role: str, cases: list[Case]) -> Iterator[Arrays | CvxError]:
@@ -336,31 +355,14 @@ def _tried(open_: Open, bundle: Bundle, role: str, cases: list[Case]) -> Iterato
             yield from [error] * len(left)
 
 
-def _graph_engine(engine: EngineName, manifest: Manifest) -> EngineName | None:
-    """Return what runs ONNX graphs in a bundle's types here; the chosen engine where it is ONNX Runtime on a GPU."""
-    if engine == "onnxruntime-cuda":
-        return engine
-    if "bf16" not in manifest.computes_in:
-        return "onnxruntime"
-    try:
-        from cvx_deploy.runtime.openvino import precisions
-    except ImportError:
-        return None
-    return "openvino" if manifest.computes_in.issubset(precisions()) else None
-
-
-def _said(engine: EngineName) -> str:
-    return f"{engine} {engine_version(engine)}"
-
-
 def _row_of_all(bundle: Bundle, kind: EngineName) -> str:
     """Return which row of the thresholds a whole run on an engine is held against."""
     return coarsest(_row_on(kind, row_of(network)) for network in bundle.manifest.networks.values())
 
 
-def _row_on(engine: EngineName, row: str) -> str:
+def _row_on(engine: EngineName | None, row: str) -> str:
     """Return the row for an engine: TensorRT multiplies float32 in tf32."""
-    return "tf32" if row == "fp32" and compiled(engine) else row
+    return "tf32" if row == "fp32" and engine is not None and compiled(engine) else row
 
 
 def _is_quantized(bundle: Bundle) -> bool:
@@ -371,18 +373,6 @@ def _unquantized(bundle: Bundle) -> str:
     """Return the precision of a bundle as it would be without quantization."""
     recipe = Recipe.parse(bundle.manifest.precision, "fp32")
     return str(Recipe(**{name: NetworkPrecision(recipe.of(name).compute) for name in COMPONENTS}))
-
-
-def _with_adapters(checkpoint: "Checkpoint", bundle: Bundle) -> "Checkpoint":
-    """Return the checkpoint with the adapters that were merged when `bundle` was made."""
-    if not bundle.manifest.loras:
-        return checkpoint
-    from cvx_deploy.exporters.checkpoint import Made, read_header
-    from cvx_deploy.exporters.lora import MERGED
-
-    path = bundle.inside(MERGED)
-    made = Made(path, bundle.manifest.weights[MERGED], read_header(path, MERGED))
-    return checkpoint.with_made("transformer", made)
 
 
 def _drifted(moved: tuple[float, ...], limits: Thresholds) -> tuple[str, ...]:

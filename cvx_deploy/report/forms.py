@@ -59,10 +59,10 @@ def markdown(parity: Parity) -> str:
 
 
 def _lines(parity: Parity) -> Iterator[str]:
-    error = parity.error
+    verdict = parity.verdict[0].upper() + parity.verdict[1:]
     yield f"# Parity of `{parity.bundle}`"
     yield ""
-    yield f"{'Every rung holds.' if error is None else f'**{error.what}.** {error.fix}.'}"
+    yield f"{verdict}." if parity.error is None else f"**{parity.error.what}.** {parity.error.fix}."
     yield ""
     yield f"Held against `{parity.checkpoint}` in diffusers, float32. Engine: {parity.engine}."
     for rung in parity.rungs:

@@ -15,7 +15,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.2
 p { margin: .2rem 0 .7rem; color: #555; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
-th, td { padding: .35rem 1rem .35rem 0; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
+th, td { padding: .35rem .7rem .35rem 0; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 th { color: #555; font-weight: 600; } td:first-child { font-weight: 600; } th, td { white-space: nowrap; }
 svg { width: 100%; max-width: 56rem; height: auto; display: block; font-family: inherit; }
 svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }

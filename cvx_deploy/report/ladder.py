@@ -158,11 +158,27 @@ class Parity:
         what = f"{self.bundle} fails at the rung {rung.name} ({MEANING[rung.name]}): {first.subject}: {first.broken[0]}"
         return ParityError(what + place, fix=_fix(rung.name, self.bundle, self.checkpoint))
 
+    @property
+    def verdict(self) -> str:
+        """What a person is told: that all is well, what is wrong, and what was not tried."""
+        error = self.error
+        skipped = next((rung.skipped for rung in self.rungs if rung.name == "engine"), "")
+        if error is not None:
+            return f"{error.what}. {error.fix}"
+        return (
+            f"every rung that was tried holds. Skipped: the rung engine, {skipped}" if skipped else "every rung holds"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values; what is not finite becomes null."""
         rung = self.first_failing
         values = {key: value for key, value in asdict(self).items() if key != "rungs"}
-        head = {"schema_version": SCHEMA_VERSION, "passed": rung is None, "first_failing": rung.name if rung else None}
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "passed": rung is None,
+            "first_failing": rung.name if rung else None,
+            "skipped": {rung.name: rung.skipped for rung in self.rungs if rung.skipped},
+        }
         return {
             key: _finite(value) for key, value in {**head, **values, "rungs": list(map(asdict, self.rungs))}.items()
         }
@@ -181,6 +197,8 @@ class Parity:
             for result in rung.failures:
                 yield f"         {result.subject}: {'; '.join(result.broken)}"
         yield from map(str, self.divergence)
+        if self.error is None:  # what is wrong is said on stderr
+            yield self.verdict
 
 
 def summaries(rung: Rung) -> Iterator[str]:

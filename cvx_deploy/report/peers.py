@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import CvxError
+from cvx_deploy.exporters.reference import with_weights
 from cvx_deploy.models import Shape
 from cvx_deploy.report.baselines import Baseline
 from cvx_deploy.report.timing import ClockedBackend, StepClock, Trace
@@ -30,7 +31,7 @@ class Work:
 
     Attributes:
         bundle: The bundle's folder, and `shape` which of its shapes.
-        checkpoint: The folder that the bundle was exported from; None where it is not to be had.
+        checkpoint: The folder of what the bundle was exported from; None where it is not to be had.
         request: The video; its output is each run's own.
     """
 
@@ -66,6 +67,7 @@ class EnginePeer:
     def open(self, work: Work) -> Iterator[Runner]:
         """Open the bundle; networks are loaded within each run, as `cvx-deploy run` does."""
         bundle = Bundle.open(work.bundle).at(work.shape)
+        bundle = bundle if work.checkpoint is None else with_weights(bundle, work.checkpoint)
         needed = networks_needed(bundle, work.request)
         with open_backend(self.engine, bundle, needed=needed) as backend:
 

@@ -63,7 +63,7 @@ def quality(results: BenchResults) -> str:
     """Draw each peer's PSNR against the reference over its videos an hour."""
 
     def draw(axes: Any) -> None:
-        for colour, peer in zip(COLOURS, results.peers, strict=False):
+        for index, (colour, peer) in enumerate(zip(COLOURS, results.peers, strict=False)):
             speed = 3600 / statistics.median([run.seconds for run in peer.runs])
             if peer.psnr is None:
                 axes.axvline(speed, color=colour, linewidth=1, linestyle="--")
@@ -71,7 +71,11 @@ def quality(results: BenchResults) -> str:
                               xytext=(5, 0), textcoords="offset points", color=colour)  # fmt: skip
             else:
                 axes.plot([speed], [peer.psnr], "o", markersize=8, color=colour)
-                axes.annotate(peer.name, (speed, peer.psnr), xytext=(8, -3), textcoords="offset points")
+                # above and below by turns: peers of one speed keep their names apart, and off the reference's line
+                place = {"xytext": (0, 9), "va": "bottom"} if index % 2 else {"xytext": (0, -9), "va": "top"}
+                backing = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.annotate(peer.name, (speed, peer.psnr), textcoords="offset points", ha="center",
+                              bbox=backing, **place)  # fmt: skip
         axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
         axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
         axes.set_xlabel("videos an hour")

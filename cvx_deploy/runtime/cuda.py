@@ -4,6 +4,7 @@ Addresses, streams, events and graphs are plain integers here. `CudaPython` is t
 keeps its memory in NumPy arrays and finds leaks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -145,8 +146,7 @@ class CudaPython:
         if name == "cudaErrorMemoryAllocation":
             return OutOfMemoryError("the device is out of memory", fix="end what else uses it, or run with --vram")
         if name in _STATED:
-            what, fix = _STATED[name]
-            return EngineError(what, fix=fix)
+            return _STATED[name]()
         text = self._runtime.cudaGetErrorString(error)[1]
         words = text.decode() if isinstance(text, bytes) else text
         return EngineError(f"CUDA failed in {call}: {words} ({name})", fix="see what nvidia-smi says, and report this")
@@ -277,37 +277,46 @@ class CudaPython:
         self._call(self._runtime.cudaGraphExecDestroy, graph)
 
 
-_STATED = {
-    "cudaErrorInsufficientDriver": (
+_STATED: dict[str, Callable[[], EngineError]] = {
+    "cudaErrorInsufficientDriver": lambda: EngineError(
         "the NVIDIA driver is missing or older than this CUDA runtime",
-        "update the driver, or install the cuda-python that belongs to it",
+        fix="update the driver, or install the cuda-python that belongs to it",
     ),
-    "cudaErrorNoDevice": (
+    "cudaErrorNoDevice": lambda: EngineError(
         "the NVIDIA driver shows no GPU",
-        "see what nvidia-smi says, and whether CUDA_VISIBLE_DEVICES hides it",
+        fix="see what nvidia-smi says, and whether CUDA_VISIBLE_DEVICES hides it",
     ),
-    "cudaErrorInvalidDevice": ("there is no GPU of that number", "see nvidia-smi -L for those there are"),
-    "cudaErrorDevicesUnavailable": (
+    "cudaErrorInvalidDevice": lambda: EngineError(
+        "there is no GPU of that number",
+        fix="see nvidia-smi -L for those there are",
+    ),
+    "cudaErrorDevicesUnavailable": lambda: EngineError(
         "the GPU is in use by another program, which has it for itself",
-        "wait for it, or set the compute mode to default: nvidia-smi -c 0",
+        fix="wait for it, or set the compute mode to default: nvidia-smi -c 0",
     ),
-    "cudaErrorSystemDriverMismatch": (
+    "cudaErrorSystemDriverMismatch": lambda: EngineError(
         "the NVIDIA driver's kernel module and its library are of two versions",
-        "reboot, which finishes the driver's update",
+        fix="reboot, which finishes the driver's update",
     ),
-    "cudaErrorSystemNotReady": (
+    "cudaErrorSystemNotReady": lambda: EngineError(
         "the GPUs' fabric manager is not running",
-        "start it: systemctl start nvidia-fabricmanager",
+        fix="start it: systemctl start nvidia-fabricmanager",
     ),
-    "cudaErrorIllegalAddress": (
+    "cudaErrorIllegalAddress": lambda: EngineError(
         "the GPU read or wrote memory that is not there",
-        "run with --no-cuda-graphs to see whether that is why, and report this",
+        fix="run with --no-cuda-graphs to see whether that is why, and report this",
     ),
-    "cudaErrorLaunchFailure": ("a kernel crashed on the GPU", "see nvidia-smi for errors of the GPU, and report this"),
-    "cudaErrorECCUncorrectable": ("the GPU's memory has an error that cannot be corrected", "reset the GPU"),
-    "cudaErrorNoKernelImageForDevice": (
+    "cudaErrorLaunchFailure": lambda: EngineError(
+        "a kernel crashed on the GPU",
+        fix="see nvidia-smi for errors of the GPU, and report this",
+    ),
+    "cudaErrorECCUncorrectable": lambda: EngineError(
+        "the GPU's memory has an error that cannot be corrected",
+        fix="reset the GPU",
+    ),
+    "cudaErrorNoKernelImageForDevice": lambda: EngineError(
         "the engine has no code for this GPU",
-        "build it for this one; cvx-deploy doctor says what it is",
+        fix="build it for this one; cvx-deploy doctor says what it is",
     ),
 }
 

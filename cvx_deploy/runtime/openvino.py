@@ -27,10 +27,13 @@ _Weights = dict[str, NDArray[np.uint8]]
 class OpenVinoSession:
     """One compiled network; its tensors are NumPy arrays, which OpenVINO reads and writes in place."""
 
-    def __init__(self, name: str, compiled: openvino.CompiledModel, weights: _Weights) -> None:
+    def __init__(self, name: str, network: Network, compiled: openvino.CompiledModel, weights: _Weights) -> None:
         self._name = name
+        wanted = {spec.name for spec in network.outputs}
         self._weights = weights  # OpenVINO does not hold on to the maps whose bytes it reads
-        self._outputs = {out.any_name: (tuple(out.shape), out.element_type.to_dtype()) for out in compiled.outputs}
+        self._outputs = {
+            next(iter(wanted & out.names)): (tuple(out.shape), out.element_type.to_dtype()) for out in compiled.outputs
+        }  # a tensor can have other names besides
         self._request = compiled.create_infer_request()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -88,7 +91,7 @@ class OpenVinoBackend:
         if "fp8" in bundle.manifest.multiplies_in:
             raise EngineError(
                 f"{bundle.path} multiplies in fp8, which no CPU can",
-                fix="export with --precision int8/bf16 to run it here",
+                fix="export with --precision int8/fp32 or fp32, or run it with --engine tensorrt-rtx or tensorrt",
             )
 
     @contextlib.contextmanager
@@ -101,7 +104,7 @@ class OpenVinoBackend:
         except RuntimeError as error:
             again = "export the bundle again with this version of cvx-deploy, or run it with --engine onnxruntime"
             raise EngineError(f"OpenVINO cannot load {role}: {_reason(error)}", fix=again) from error
-        yield OpenVinoSession(role, compiled, weights)
+        yield OpenVinoSession(role, described, compiled, weights)
 
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the values: the device is the host."""

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from cvx_deploy.bundle import Bundle, Network, dimension
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.runtime.ort_attention import attend_in_tiles, holds_large_scores
 
 _ERRORS = (
     errors.EPFail,
@@ -67,6 +70,7 @@ class OrtBackend:
         progress: Told when a weight file must be hashed again, which takes a while on a large one.
         device: The CUDA device; None for the CPU.
         reference: Whether to run what the CPU multiplies in float32 for want of kernels, fp8: slow, and right.
+        optimized: A folder for ``ROLE.onnx`` of every network that is loaded: the graph as it is run, without weights.
 
     Raises:
         EngineError: The CPU has no kernels for this precision, or ONNX Runtime cannot use that GPU.
@@ -80,6 +84,7 @@ class OrtBackend:
         device: int | None = None,
         *,
         reference: bool = False,
+        optimized: Path | None = None,
     ) -> None:
         if device is not None:
             _check_device(device)
@@ -88,6 +93,7 @@ class OrtBackend:
         self.bundle = bundle
         self._memory = _Memory(device)
         self._threads = threads
+        self._optimized = optimized
         self._progress = progress or SilentProgress()
         self._mapped: dict[str, NDArray[np.uint8]] = {}
 
@@ -96,7 +102,11 @@ class OrtBackend:
         """Load a network for the block; see `Backend.load`."""
         described = self.bundle.network(role)
         graph = self.bundle.onnx_path(role).read_bytes()
+        if not self._memory.on_gpu and holds_large_scores(described, dict(sizes)):
+            graph = attend_in_tiles(graph)
         options = self._options(described, dict(sizes))
+        if self._optimized is not None:
+            _keep_graph(options, self._optimized / f"{role}.onnx")
         providers = self._memory.providers
         try:
             session = onnxruntime.InferenceSession(
@@ -159,6 +169,15 @@ class OrtBackend:
         return self._mapped[name]
 
 
+def _keep_graph(options: onnxruntime.SessionOptions, path: Path) -> None:
+    """Let a session write the graph it runs; its weights, which may be many GB, go nowhere."""
+    nowhere = path.with_suffix(".weights")
+    if not nowhere.is_symlink():
+        nowhere.symlink_to(os.devnull)
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", nowhere.name)
+
+
 def _disabled(network: Network) -> list[str]:
     """Return the optimizations that a network goes without: a Gemm would hide its products from those for int8."""
     return [] if network.quantization is None else ["MatMulAddFusion"]
@@ -166,15 +185,15 @@ def _disabled(network: Network) -> list[str]:
 
 def _check_precision(bundle: Bundle, *, reference: bool) -> None:
     """Raise EngineError for what ONNX Runtime has no CPU kernels for, or none that multiply in 8 bits."""
-    if "bf16" in bundle.manifest.computes_in:
-        raise EngineError(
-            f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
-            fix="run it with --engine openvino, or export with --precision fp32, or int8/fp32",
-        )
     if "fp8" in bundle.manifest.multiplies_in and not reference:
         raise EngineError(
             f"{bundle.path} multiplies in fp8, which no CPU can: ONNX Runtime would compute in float32, more slowly",
             fix="export with --precision int8/fp32, or run it with --engine tensorrt-rtx or tensorrt",
+        )
+    if "bf16" in bundle.manifest.computes_in:
+        raise EngineError(
+            f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
+            fix="run it with --engine openvino, or export with --precision fp32, or int8/fp32",
         )
 
 

@@ -17,3 +17,5 @@ def test_readme_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> 
     results = read_results(readme.FOLDER / "bench.json")
     assert readme.with_block(text, results) == text
     assert readme.with_block(text.replace(" eager |", " other |"), results) == text
+    page = (readme.FOLDER / "bench.md").read_text(encoding="utf-8")
+    assert readme.forms(results)["bench.md"] == page, "run: python benchmarks/readme.py --keep"

@@ -7,6 +7,7 @@ import pytest
 
 from cvx_deploy.build.build import BuildRequest, Outcome, build, judged
 from cvx_deploy.build.libraries import Library, load_library
+from cvx_deploy.build.store import EngineStore
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
 from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
@@ -35,8 +36,8 @@ def table(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def exported(checkpoint: Path, precision: str, table: Path | None, output: Path) -> Bundle:
-    quantizing = Quantizing(table)
+def exported(checkpoint: Path, precision: str, table: Path | None, output: Path, *, attention: bool = False) -> Bundle:
+    quantizing = Quantizing(table, attention=attention)
     return bundle_from_checkpoint(
         ExportRequest("5b", checkpoint, frames=9, precision=precision, quantizing=quantizing), output
     )
@@ -59,6 +60,33 @@ def test_every_layer_of_eight_bits_multiplies_in_eight_bits(
     assert "compiled as expected" in said
     assert f"18 of 18 quantized layers run in {kernels}" in said
     assert "3 of 3 attentions are one fused kernel each" in said
+
+
+@pytest.mark.parametrize(("precision", "layers"), [("fp8/bf16", "float8"), ("int8/bf16", "int8")])
+def test_quantized_attention_multiplies_in_float8_in_one_kernel_whatever_its_layers_do(
+    precision: str, layers: str, tiny: Tiny, table: Path, library: Library, tmp_path: Path
+) -> None:
+    bundle = exported(tiny("5b"), precision, table, tmp_path / "5b", attention=True)
+    (outcome,) = built(library, bundle, REQUEST)
+    said = "\n".join(map(str, judged(bundle, outcome)))
+    assert "compiled as expected" in said
+    assert "3 of 3 attentions are one fused kernel each" in said
+    assert f"18 of 18 quantized layers run in {layers}" in said
+    assert "3 of 3 quantized attentions run in float8" in said
+    (plan,) = EngineStore(bundle).plans(outcome.record)
+    fused = [kernel for kernel in plan.kernels if kernel.kind == "attention"]
+    assert {tensor.dtype for kernel in fused for tensor in kernel.inputs if not tensor.is_scalar} == {"float8"}
+
+
+def test_attention_that_is_not_quantized_reads_16_bits(
+    tiny: Tiny, table: Path, library: Library, tmp_path: Path
+) -> None:
+    bundle = exported(tiny("5b"), "fp8/bf16", table, tmp_path / "5b")
+    (outcome,) = built(library, bundle, REQUEST)
+    assert "quantized attentions" not in "\n".join(map(str, judged(bundle, outcome)))
+    (plan,) = EngineStore(bundle).plans(outcome.record)
+    fused = [kernel for kernel in plan.kernels if kernel.kind == "attention"]
+    assert {tensor.dtype for kernel in fused for tensor in kernel.inputs if not tensor.is_scalar} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("precision", ["int8wo/bf16", "int4wo/bf16"])

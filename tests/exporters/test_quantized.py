@@ -191,7 +191,7 @@ def test_engines_that_cannot_refuse(quantized: Quantized) -> None:
     with pytest.raises(EngineError, match="multiplies in fp8, which no CPU can"):
         OrtBackend(quantized("fp8/fp32"))
     with pytest.raises(EngineError, match="bf16"):
-        OrtBackend(quantized("transformer=fp8/bf16,text_encoder=bf16,vae=bf16"))
+        OrtBackend(quantized("int8wo/bf16"))
 
 
 def test_a_quantized_network_needs_nothing_of_its_checkpoint(quantized: Quantized, tiny: Tiny) -> None:
@@ -233,6 +233,38 @@ def test_excluded_layers_are_as_they_were(quantized: Quantized) -> None:
     assert entry is not None
     assert (entry.layers, entry.excluded) == (12, ("transformer_blocks.0",))
     assert not any("transformer_blocks.0." in place for place in places_quantized(bundle))
+
+
+@pytest.fixture
+def one_in_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model, which has three blocks, be deep enough for one to be spared."""
+    monkeypatch.setattr("cvx_deploy.quantize.recipe._BLOCKS_A_SPARED", 3)
+
+
+@pytest.mark.usefixtures("one_in_three")
+@pytest.mark.parametrize(
+    ("precision", "exclude", "excluded"),
+    [
+        ("int8/fp32", None, ("transformer_blocks.2",)),
+        ("int8/fp32", (), ()),
+        ("int8/fp32", ("transformer_blocks.0",), ("transformer_blocks.0",)),
+        ("int8wo/fp32", None, ()),
+    ],
+)
+def test_the_last_blocks_stay_as_they_are_unless_others_are_chosen(
+    precision: str, exclude: tuple[str, ...] | None, excluded: tuple[str, ...], tiny: Tiny, table: Path, tmp_path: Path
+) -> None:
+    static = precision.startswith("int8/")
+    how = Quantizing(table if static else None, exclude=exclude)
+    request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=how)
+    bundle = bundle_from_checkpoint(request, tmp_path / "5b")
+    entry = bundle.network("transformer").quantization
+    assert entry is not None
+    assert (entry.excluded, entry.layers) == (excluded, 18 - 6 * len(excluded))
+    assert not any(f"{place}." in layer for place in excluded for layer in places_quantized(bundle))
+    again = [word for place in excluded or ("none",) for word in ("--exclude", place)]
+    assert " ".join(again) in bundle.export_command(bundle.shapes)
+    assert bundle.network("text_encoder").quantization.excluded == ()  # type: ignore[union-attr]
 
 
 def test_the_manifest_says_how_to_export_it_again(quantized: Quantized, table: Path) -> None:

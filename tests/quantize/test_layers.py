@@ -46,6 +46,13 @@ def test_a_block_is_excluded_and_not_the_one_whose_number_begins_alike() -> None
         without(LAYERS, ["transformer_blocks"])
 
 
+def test_no_words_are_no_choice_and_none_is_one() -> None:
+    assert excluded_places([]) is None
+    assert excluded_places(["none"]) == ()
+    with pytest.raises(RecipeError, match="places and none"):
+        excluded_places(["none", "transformer_blocks.0"])
+
+
 def test_places_come_from_files_too(tmp_path: Path) -> None:
     file = tmp_path / "ranked.json"
     file.write_text('{"schema_version": 1, "exclude": ["transformer_blocks.0"]}')

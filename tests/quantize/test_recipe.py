@@ -3,7 +3,7 @@
 import pytest
 
 from cvx_deploy.errors import RecipeError
-from cvx_deploy.quantize.recipe import Recipe
+from cvx_deploy.quantize.recipe import Recipe, spared_blocks
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_a_recipe_is_written_as_it_is_read(text: str) -> None:
 def test_a_recipe_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="makes no sense"):
         Recipe.parse(text, "bf16")
+
+
+def test_the_last_of_every_16_blocks_is_spared_where_activations_are_rounded() -> None:
+    assert list(spared_blocks("int8", 42)) == list(spared_blocks("fp8", 42)) == [40, 41]
+    assert list(spared_blocks("int8", 30)) == [29]
+    assert not spared_blocks("int8", 8)
+    assert not spared_blocks("int8wo", 42)
+    assert not spared_blocks("int4wo", 42)

@@ -1,20 +1,33 @@
 """The parity ladder: it holds for every model, and names the place where a bundle is wrong."""
 
+import json
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
+import pytest
 
 from cvx_deploy.bundle import MANIFEST, Bundle
 from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+from cvx_deploy.exporters.quantized import Quantizing
 from cvx_deploy.exporters.synth import synthesize
 from cvx_deploy.files import sha256_of
+from cvx_deploy.models import Shape
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.report.check import CheckRequest, check
 from cvx_deploy.report.ladder import Parity
+from cvx_deploy.runtime.backend import Backend
+from cvx_deploy.runtime.open import EngineName, open_backend
+from tests.command import cvx
 from tests.conftest import Exported, Tiny
+from tests.exporters.test_lora import ATTENTION, matrices, written
 from tests.parity.corrupt import corrupted
+from tests.parity.test_pipelines import TWO_SHAPES
 
 WHOLE = ("5b", "1.5-5b-i2v")
 """Models whose whole videos are compared, too, and whose graphs are traced once more without rewrites."""
@@ -22,7 +35,8 @@ WHOLE = ("5b", "1.5-5b-i2v")
 
 def climbed(bundle: Bundle, checkpoint: Path, straight: Bundle, **request: object) -> Parity:
     """Check a bundle in as few steps as will do; by default its networks alone."""
-    asked = CheckRequest(straight=straight, **{"level": "networks", "steps": 1, **request})  # type: ignore[arg-type]
+    options = {"engine": "onnxruntime", "level": "networks", "steps": 1, **request}
+    asked = CheckRequest(straight=straight, **options)  # type: ignore[arg-type]
     return check(bundle, Checkpoint(checkpoint), asked, SilentProgress())
 
 
@@ -58,23 +72,37 @@ def test_a_corrupted_weight_fails_at_its_layer(tiny: Tiny, exported: Exported, t
     assert divergence.layers[0].name in str(found.error)
 
 
-def with_swapped_input(bundle: Bundle, folder: Path) -> Bundle:
-    """Return a copy whose first attention takes queries as keys and keys as queries, hashes made to agree."""
+def with_graph(bundle: Bundle, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Bundle:
+    """Return a copy whose transformer has a changed graph, hashes made to agree."""
     shutil.copytree(bundle.path, folder)
-    path = folder / "transformer.onnx"
+    name, network = bundle.network_name("transformer"), bundle.network("transformer")
+    path = folder / network.file.path
     model = onnx.load(path, load_external_data=False)
-    node = next(node for node in model.graph.node if node.op_type == "Attention")
-    node.input[0], node.input[1] = node.input[1], node.input[0]
+    change(model.graph)
     path.write_bytes(model.SerializeToString())
-    network = bundle.network("transformer")
     file = replace(network.file, size=path.stat().st_size, sha256=sha256_of(path))
-    networks = {**bundle.manifest.networks, "transformer": replace(network, file=file)}
+    networks = {**bundle.manifest.networks, name: replace(network, file=file)}
     (folder / MANIFEST).write_bytes(replace(bundle.manifest, networks=networks).to_json())
     return Bundle.open(folder)
 
 
+def swap_inputs(graph: onnx.GraphProto) -> None:
+    """Let the first attention take queries as keys and keys as queries."""
+    node = next(node for node in graph.node if node.op_type == "Attention")
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def double_activations(graph: onnx.GraphProto) -> None:
+    """Let quantized activations be read back by another scale than they were rounded by."""
+    for node in list(graph.node):
+        if node.op_type == "DequantizeLinear" and "/Weight" not in node.name:
+            name, node.output[0] = node.output[0], f"{node.output[0]} halved"
+            double = onnx.helper.make_node("Add", [node.output[0]] * 2, [name])
+            graph.node.insert(list(graph.node).index(node) + 1, double)
+
+
 def test_a_swapped_input_fails_at_its_node(tiny: Tiny, exported: Exported, tmp_path: Path) -> None:
-    found = climbed(with_swapped_input(exported("5b"), tmp_path / "b"), tiny("5b"), exported("5b", rewrites=()))
+    found = climbed(with_graph(exported("5b"), tmp_path / "b", swap_inputs), tiny("5b"), exported("5b", rewrites=()))
     assert failing(found) == ("rewritten", {"transformer"})
     [divergence] = found.divergence
     assert "transformer_blocks.0.attn1/Attention" in divergence.layers[0].name
@@ -100,3 +128,162 @@ def test_a_stale_text_encoder_fails_in_the_text_encoder(tiny: Tiny, exported: Ex
     engine = next(rung for rung in found.rungs if rung.name == "engine")
     assert engine.failures, "another text encoder makes other latents"
     assert "text_encoder" in found.error.what if found.error else False
+
+
+def on_disk(bundle: Bundle, folder: Path) -> Path:
+    """Return the folder of a bundle that has a manifest of its own; graphs are those of the bundle it was made from."""
+    shutil.copytree(bundle.path, folder)
+    (folder / MANIFEST).write_bytes(bundle.manifest.to_json())
+    return folder
+
+
+def test_the_command_names_the_layer_of_a_corrupted_weight(tiny: Tiny, exported: Exported, tmp_path: Path) -> None:
+    layer = "transformer_blocks.0.ff.net.2"
+    broken = on_disk(corrupted(exported("5b"), "transformer", f"{layer}.weight", tmp_path), tmp_path / "bundle")
+    words = ("check", "--bundle", broken, "--checkpoint", tiny("5b"), "--level", "networks", "--steps", 1)
+    done = cvx(*words, "--output", tmp_path / "report")
+    assert "fails at the rung rewritten" in done.failure()
+    assert f"transformer first differs at model.{layer}/" in done.failure()
+    assert f"transformer first differs at model.{layer}/" in done.out
+    for form in ("check.json", "check.md", "junit.xml"):
+        assert "rewritten" in (tmp_path / "report" / form).read_text()
+    assert f"model.{layer}/" in (tmp_path / "report" / "check.json").read_text()
+
+
+@pytest.mark.parametrize("role", ["text_encoder", "transformer"])
+def test_a_wrong_trace_is_named_by_the_module_that_differs(
+    role: str, tiny: Tiny, exported: Exported, tmp_path: Path
+) -> None:
+    tensor = {"text_encoder": "encoder.block.1.layer.1.DenseReluDense.wo", "transformer": WRONG}[role]
+    wrong = corrupted(exported("5b", rewrites=()), role, f"{tensor}.weight", tmp_path)
+    found = climbed(exported("5b"), tiny("5b"), wrong)
+    assert failing(found) == ("onnx", {role})
+    [divergence] = found.divergence
+    assert tensor in divergence.layers[0].name
+
+
+WRONG = "transformer_blocks.1.ff.net.0.proj"
+
+
+def test_what_an_engine_does_otherwise_is_named_by_node(
+    tiny: Tiny, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = corrupted(exported("5b"), "transformer", f"{WRONG}.weight", tmp_path).manifest
+
+    def open_wrong(engine: EngineName, bundle: Bundle, **options: Any) -> AbstractContextManager[Backend]:
+        view = replace(bundle, manifest=wrong) if engine == "openvino" else bundle
+        return open_backend(engine, view, **options)
+
+    monkeypatch.setattr("cvx_deploy.report.check.open_backend", open_wrong)
+    found = climbed(exported("5b"), tiny("5b"), exported("5b", rewrites=()), engine="openvino")
+    assert failing(found) == ("engine", {"transformer"})
+    [divergence] = found.divergence
+    assert f"{WRONG}/" in divergence.layers[0].name
+
+
+def test_sizes_of_a_bundle_pass_and_the_one_that_is_wrong_is_named(
+    tiny: Tiny, exported: Exported, tmp_path: Path
+) -> None:
+    name, shapes = TWO_SHAPES[0]
+    bundle, straight = exported(name, shapes=shapes), exported(name, shapes=shapes, rewrites=())
+    found = climbed(bundle, tiny(name), straight, level="trajectory")
+    assert found.error is None, str(found)
+    engine = next(rung for rung in found.rungs if rung.name == "engine")
+    assert [one.shape for one in engine.trajectories] == [str(shape) for shape in shapes]
+    second = bundle.at(shapes[1])
+    wrong = climbed(with_graph(second, tmp_path / "wrong", swap_inputs), tiny(name), straight)
+    assert failing(wrong) == ("rewritten", {second.network_name("transformer")} - {bundle.network_name("transformer")})
+    assert [one.shape for one in wrong.divergence] == [str(shapes[1])]
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with an adapter merged into it, and the adapter beside it."""
+    folder = tmp_path_factory.mktemp("lora")
+    lora = written(folder / "style.safetensors", matrices(tiny("5b"), ATTENTION, 4, 1))
+    return bundle_from_checkpoint(ExportRequest("5b", tiny("5b"), loras=((lora, 0.6),)), folder / "bundle")
+
+
+def of_checkpoint(bundle: Bundle, **request: Any) -> Parity:
+    """Check a bundle with all that the check makes for itself."""
+    asked = CheckRequest(level="networks", steps=1, **request)
+    return check(bundle, Checkpoint(Path(bundle.manifest.checkpoint)), asked, SilentProgress())
+
+
+def test_adapters_are_merged_into_what_a_bundle_is_held_against(adapted: Bundle) -> None:
+    found = of_checkpoint(adapted)
+    assert found.error is None, str(found)
+
+
+def test_a_bundle_of_another_scale_than_it_says_fails(adapted: Bundle) -> None:
+    [lora] = adapted.manifest.loras
+    other = replace(adapted.manifest, loras=(replace(lora, scale=0.5),))
+    assert_adapter_is_seen(of_checkpoint(replace(adapted, manifest=other)))
+
+
+def test_a_bundle_with_an_adapter_that_it_does_not_tell_of_fails(
+    adapted: Bundle, tiny: Tiny, exported: Exported
+) -> None:
+    silent = replace(adapted, manifest=replace(adapted.manifest, loras=()))
+    assert_adapter_is_seen(climbed(silent, tiny("5b"), exported("5b", rewrites=())))
+
+
+def assert_adapter_is_seen(found: Parity) -> None:
+    assert failing(found) == ("rewritten", {"transformer"})
+    assert "transformer_blocks.0.attn1.to_" in found.divergence[0].layers[0].name
+
+
+@pytest.mark.parametrize("change", ["is not there", "was altered since"])
+def test_an_adapter_that_is_another_now_is_refused(change: str, adapted: Bundle, tmp_path: Path) -> None:
+    [lora] = adapted.manifest.loras
+    path = tmp_path / "style.safetensors"
+    if change == "was altered since":
+        path.write_bytes(Path(lora.path).read_bytes() + b" ")
+    manifest = replace(adapted.manifest, loras=(replace(lora, path=str(path)),))
+    place = on_disk(replace(adapted, manifest=manifest), tmp_path / "bundle")
+    failed = cvx("check", "--bundle", place).failure()
+    assert f"the LoRA {path} was merged into {place}, and {change}" in failed
+    assert lora.sha256 in failed
+
+
+def test_another_models_checkpoint_is_refused(tiny: Tiny, exported: Exported) -> None:
+    failed = cvx("check", "--bundle", exported("5b").path, "--checkpoint", tiny("2b")).failure()
+    assert "is of another model" in failed
+
+
+@pytest.fixture(scope="module")
+def fp8(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle in fp8 that computes all else in bf16, what an export for a GPU is by default."""
+    folder = tmp_path_factory.mktemp("fp8")
+    few = ("quantize", "--model", "5b", "--checkpoint", tiny("5b"), "--shape", "9x96x128", "--num-prompts", 1)
+    assert cvx(*few, "--steps", 2, "--output", folder / "table.safetensors").code == 0
+    how = Quantizing(folder / "table.safetensors")
+    request = ExportRequest("5b", tiny("5b"), shapes=(Shape(9, 96, 128),), precision="fp8", quantizing=how)
+    return bundle_from_checkpoint(request, folder / "bundle")
+
+
+def test_fp8_passes_on_a_cpu_by_reference_and_says_what_was_skipped(fp8: Bundle, tmp_path: Path) -> None:
+    done = cvx("check", "--bundle", fp8.path, "--steps", 1, "--output", tmp_path)
+    assert done.code == 0, done
+    assert "skipped  engine: no engine for a CPU runs fp8 fast" in done.out
+    assert "every rung that was tried holds. Skipped: the rung engine" in done.out
+    told = json.loads((tmp_path / "check.json").read_text())
+    assert told["passed"]
+    assert "no engine for a CPU runs fp8 fast" in told["skipped"]["engine"]
+    quantized = next(rung for rung in told["rungs"] if rung["name"] == "quantized")
+    assert "as a reference: fp8 and bf16 computed in float32" in quantized["runs_on"]
+    assert quantized["trajectories"]
+    assert quantized["videos"]
+    page, tests = (tmp_path / "check.md").read_text(), (tmp_path / "junit.xml").read_text()
+    assert "Every rung that was tried holds. Skipped: the rung engine" in page
+    assert "no engine for a CPU runs fp8 fast" in tests
+    assert (tmp_path / "contact.png").exists()
+
+
+def test_wrong_scales_of_fp8_fail_by_reference_and_an_engine_that_cannot_fails(fp8: Bundle, tmp_path: Path) -> None:
+    wrong = with_graph(fp8, tmp_path / "wrong", double_activations)
+    found = of_checkpoint(wrong, engine="onnxruntime")
+    assert failing(found) == ("quantized", {"transformer"})
+    engine = next(rung for rung in found.rungs if rung.name == "engine")
+    assert engine.failures
+    assert all("ONNX Runtime has no CPU kernels for" in result.broken[0] for result in engine.failures)
