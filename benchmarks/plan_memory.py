@@ -179,7 +179,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder with 6 GB of room")
     parser.add_argument("--note", default="nothing else ran", help="what else used the machine, for the report")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan_memory")
-    parser.add_argument("--keep-sessions", action="store_true", help="compile only; ONNX Runtime's rows stay")
     parser.add_argument("--session", nargs=3, metavar=("BUNDLE", "NETWORK", "BATCH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.session:
@@ -188,13 +187,10 @@ def main() -> None:
         return
     told = conditions(TOOLS, arguments.note, gpu="none: engines are compiled ahead of time, not run", target=TARGET)
     names = dict.fromkeys(name for name, *_ in SESSIONS)
-    earlier = json.loads(arguments.output.with_suffix(".json").read_text()) if arguments.keep_sessions else {}
-    if earlier:
-        told["sessions"] = earlier["conditions"].get("sessions", earlier["conditions"])
     results: dict[str, Any] = {
         "architectures": {name: asdict(architecture(checkpoint(arguments.work, name))) for name in names},
         "engines": [row for shape in BUILT for row in engines(arguments.work, shape)],
-        "sessions": earlier["sessions"] if earlier else list(sessions(arguments.work)),
+        "sessions": list(sessions(arguments.work)),
     }
     write(arguments.output, told, results, table(results))
 
