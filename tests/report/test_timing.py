@@ -1,6 +1,8 @@
 """From moments on a clock to seconds by stage, and memory by stage."""
 
-import numpy as np
+import subprocess
+import sys
+
 import pytest
 
 from cvx_deploy.report.memory import MemoryWatch, Sample, during
