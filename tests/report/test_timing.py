@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from cvx_deploy.report.memory import MemoryWatch, Sample, during
