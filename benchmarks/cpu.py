@@ -26,6 +26,7 @@ from report import conditions
 
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.models import Shape
+from cvx_deploy.runtime.cpu import overflows_in_int8
 from cvx_deploy.runtime.open import EngineName, open_backend
 
 Run = Callable[[], NDArray[Any]]
@@ -241,11 +242,20 @@ EAGER: dict[str, Callable[[Path, Case, dict[str, Any], Any], Callable[[], Any]]]
 }
 
 
+def fits(peer: str, case: Case) -> bool:
+    """Tell whether a peer has anything to show: int8 is the transformer's, and some need instructions of the CPU."""
+    from cvx_deploy.runtime.openvino import precisions
+
+    if "int8" in peer:
+        return case.role == "transformer" and not (peer.startswith("openvino") and overflows_in_int8())
+    return "bf16" not in peer or "bf16" in precisions()
+
+
 def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str, Timing]:
     """Run one case on every peer in turn, round by round, after a round of warm-up that also compares results."""
     case, loads = CASES[name], dict[str, float]()
     off: dict[str, tuple[float, float]] = {}
-    peers = [peer for peer in peers if case.role == "transformer" or "int8" not in peer]  # the others stay as they are
+    peers = [peer for peer in peers if fits(peer, case)]
     seconds: dict[str, list[float]] = {peer: [] for peer in peers}
     expected: NDArray[Any] | None = None
     with ExitStack() as stack:

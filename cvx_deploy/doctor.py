@@ -16,6 +16,7 @@ from cvx_deploy.bundle import MANIFEST, Bundle
 from cvx_deploy.errors import BundleError, CvxError, EngineError
 from cvx_deploy.files import free_space, nearest_folder
 from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.runtime.cpu import overflows_in_int8
 from cvx_deploy.runtime.cuda import CudaPython, Gpu
 from cvx_deploy.runtime.open import OPENVINO
 
@@ -197,6 +198,13 @@ def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iter
             subject,
             "ONNX Runtime has no bf16 on the CPU",
             "use --engine openvino, or export with --precision fp32",
+        )
+    if "int8" in bundle.manifest.multiplies_in and overflows_in_int8():
+        yield Finding(
+            "note",
+            subject,
+            "this CPU has no VNNI: in OpenVINO int8 would overflow",
+            "use --engine onnxruntime, which multiplies another way",
         )
     if "fp8" in bundle.manifest.multiplies_in:
         yield Finding(

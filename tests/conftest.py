@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cvx_deploy.bundle import Bundle, Precision
-from cvx_deploy.models import MODELS
+from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.progress import SilentProgress
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = (
@@ -27,6 +28,7 @@ _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimu
 
 Tiny = Callable[[str], Path]
 Exported = Callable[..., Bundle]
+Quantized = Callable[..., Bundle]
 
 
 @functools.cache
@@ -80,6 +82,37 @@ def exported(tiny: Tiny) -> Exported:
         path = _cache() / "bundles" / f"{name}{suffix}"
         asked = ExportRequest(name, tiny(name), **request)
         _made(path, lambda: bundle_from_checkpoint(asked, path))
+        return Bundle.open(path)
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def table(tiny: Tiny) -> Path:
+    """Return a table of the activations of the tiny 5b; do not change it, copy it."""
+    from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
+    from cvx_deploy.exporters.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(tiny("5b"))
+    shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
+    request = CalibrationRequest(checkpoint, shape, ("a red ball",), steps=2)
+    path = _cache() / "calibration.safetensors"
+    return _made(path, lambda: calibrate(request, path, SilentProgress()))
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny: Tiny, table: Path) -> Quantized:
+    """Return the bundle of the tiny 5b in a quantized precision; do not change it, copy it."""
+    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+    from cvx_deploy.exporters.quantized import Quantizing
+
+    def bundle(precision: str, **quantizing: Any) -> Bundle:
+        how = "".join(f"-{key}{value}" for key, value in quantizing.items())
+        path = _cache() / "bundles" / f"5b-{precision.replace('/', '-')}{how}"
+        static = precision.startswith(("int8/", "fp8/")) or "=fp8" in precision
+        asked = Quantizing(table if static else None, **quantizing)
+        request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=asked)
+        _made(path, lambda: bundle_from_checkpoint(request, path))
         return Bundle.open(path)
 
     return bundle

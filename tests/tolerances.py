@@ -28,3 +28,6 @@ REWRITE_RELATIVE = {"fp32": 1e-6, "fp16": 5e-3}
 
 PLANNED_MEMORY = 0.15
 """Largest relative error of a predicted amount of memory: arenas grow in steps, kernels' own workspace is not known."""
+
+INT8_RELATIVE = 2e-2
+"""Largest difference of two engines' int8 network over its largest value: other sums round to other steps."""

@@ -5,8 +5,9 @@ import platform
 import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
+
+from cvx_deploy.runtime.cpu import cpu_name, instructions
 
 
 def conditions(tools: Iterable[str], note: str, **more: Any) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def conditions(tools: Iterable[str], note: str, **more: Any) -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": cpu_name(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
@@ -30,14 +32,6 @@ def conditions(tools: Iterable[str], note: str, **more: Any) -> dict[str, Any]:
         "versions": dict(_versions(tools)),
         **more,
     }
-
-
-def cpu_name() -> str:
-    """Return what the CPU calls itself; the architecture where it does not say."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _versions(tools: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle import Bundle, Network, Precision
 from cvx_deploy.errors import EngineError
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.runtime.cpu import overflows_in_int8
 
 _CPU = "CPU"
 _HINTS: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -93,6 +94,11 @@ class OpenVinoBackend:
                 f"{bundle.path} multiplies in fp8, which no CPU can",
                 fix="export with --precision int8/fp32 or fp32, or run it with --engine tensorrt-rtx or tensorrt",
             )
+        if "int8" in bundle.manifest.multiplies_in and overflows_in_int8():
+            raise EngineError(
+                f"{bundle.path} multiplies in int8, whose sums overflow in OpenVINO on this CPU: it has no VNNI",
+                fix="run it with --engine onnxruntime, or export with --precision int8wo/fp32 or fp32",
+            )
 
     @contextlib.contextmanager
     def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OpenVinoSession]:
@@ -164,8 +170,7 @@ def _take_external(graph: Any) -> list[Any]:
 def _constant(parameter: Any, stored: NDArray[np.uint8]) -> Any:
     """Return a constant of a parameter's type and shape over bytes that stay where they are."""
     kind, shape = parameter.get_element_type(), parameter.output(0).shape
-    values = stored.view(kind.to_dtype()) if kind.is_real() and kind != openvino.Type.bf16 else stored.view(np.uint16)
-    return openvino.op.Constant(openvino.Tensor(values.reshape(tuple(shape)), shape, kind), shared_memory=True)
+    return openvino.op.Constant(openvino.Tensor(stored, shape, kind), shared_memory=True)
 
 
 def _reason(error: RuntimeError) -> str:

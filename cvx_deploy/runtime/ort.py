@@ -32,6 +32,11 @@ _ERRORS = (
 _CUDA = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of|_ALLOC_FAILED", re.IGNORECASE)
 
+_EXACT = {"int8": ("session.x64quantprecision", "1")}
+"""For int8: no sums in 16 bits, which overflow on x86 without VNNI. For weights alone it breaks the graph."""
+_EXACT_WEIGHTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""Where weights alone are quantized, activations stay float32; by default they are quantized as well, to int8."""
+
 
 class OrtSession:
     """One network in an ONNX Runtime session, and where its tensors lie."""
@@ -153,6 +158,8 @@ class OrtBackend:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if network.quantization is not None:
+            options.add_session_config_entry(*_EXACT.get(network.quantization.scheme, _EXACT_WEIGHTS))
         symbols = {size for spec in network.inputs for size in spec.shape if isinstance(size, str)}
         for symbol in sorted(symbols):
             options.add_free_dimension_override_by_name(symbol, dimension(symbol, sizes))

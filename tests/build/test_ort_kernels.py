@@ -6,21 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
-from cvx_deploy.exporters.checkpoint import Checkpoint
-from cvx_deploy.models import Shape
-from cvx_deploy.progress import SilentProgress
 from tests.command import Outcome, cvx
 from tests.conftest import Tiny
-
-
-@pytest.fixture(scope="module")
-def table(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkpoint = Checkpoint(tiny("5b"))
-    shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
-    path = tmp_path_factory.mktemp("calibration") / "table"
-    calibrate(CalibrationRequest(checkpoint, shape, ("a red ball",), steps=1), path, SilentProgress())
-    return path
 
 
 @pytest.fixture(scope="module")

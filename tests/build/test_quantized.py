@@ -10,11 +10,8 @@ from cvx_deploy.build.libraries import Library, load_library
 from cvx_deploy.build.store import EngineStore
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import EngineError
-from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
-from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.exporters.quantized import Quantizing
-from cvx_deploy.models import Shape
 from cvx_deploy.progress import SilentProgress
 from tests.conftest import Tiny
 
@@ -25,15 +22,6 @@ REQUEST = BuildRequest(targets=("sm89",), batch=(2, 2), networks=("transformer",
 @pytest.fixture(scope="module")
 def library() -> Library:
     return load_library("tensorrt-rtx")
-
-
-@pytest.fixture(scope="module")
-def table(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkpoint = Checkpoint(tiny("5b"))
-    shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
-    path = tmp_path_factory.mktemp("calibration") / "table.safetensors"
-    calibrate(CalibrationRequest(checkpoint, shape, ("a red ball",), steps=2), path, SilentProgress())
-    return path
 
 
 def exported(checkpoint: Path, precision: str, table: Path | None, output: Path, *, attention: bool = False) -> Bundle:

@@ -17,49 +17,20 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.errors import BundleError, CalibrationError, CheckpointError, CvxError, EngineError, RecipeError
-from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
 from cvx_deploy.exporters.checkpoint import Checkpoint, read_header
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.exporters.quantized import Quantizing, quantize_components
 from cvx_deploy.exporters.quantized_weights import LayerWeights
 from cvx_deploy.exporters.rewire import write_with_loras
 from cvx_deploy.exporters.weights import load_tensor
-from cvx_deploy.models import Shape
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.quantize import layers as layers_module
 from cvx_deploy.quantize.recipe import NetworkPrecision, Recipe
 from cvx_deploy.report.thresholds import THRESHOLDS
 from cvx_deploy.runtime.ort import OrtBackend
-from tests.conftest import Exported, Tiny
+from tests.conftest import Exported, Quantized, Tiny
 
-Quantized = Callable[..., Bundle]
 Values = NDArray[np.floating]
-
-
-@pytest.fixture(scope="module")
-def table(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkpoint = Checkpoint(tiny("5b"))
-    shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
-    path = tmp_path_factory.mktemp("calibration") / "table.safetensors"
-    calibrate(CalibrationRequest(checkpoint, shape, ("a red ball",), steps=2), path, SilentProgress())
-    return path
-
-
-@pytest.fixture(scope="module")
-def quantized(tiny: Tiny, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """Return a bundle of the tiny 5b in a precision, each made once; do not change it."""
-    made: dict[str, Bundle] = {}
-
-    def bundle(precision: str, **quantizing: Any) -> Bundle:
-        key = f"{precision} {quantizing}"
-        if key not in made:
-            static = precision.startswith(("int8/", "fp8/")) or "=fp8" in precision
-            how = Quantizing(table if static else None, **quantizing)
-            request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=how)
-            made[key] = bundle_from_checkpoint(request, tmp_path_factory.mktemp("bundles") / "5b")
-        return made[key]
-
-    return bundle
 
 
 def inputs_of(bundle: Bundle, role: str) -> dict[str, NDArray[Any]]:
