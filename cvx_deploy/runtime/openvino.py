@@ -125,6 +125,7 @@ class OpenVinoBackend:
         precision: Precision = "fp32" if role in _EXACT else described.precision
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],  # by default it is bf16 wherever the CPU is fast in it
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # or it quantizes activations where the graph does not
             "PERFORMANCE_HINT": "LATENCY",  # all threads for the one run there is
             **self._threads,
         }
