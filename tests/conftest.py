@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cvx_deploy.bundle import Bundle, Precision
 from cvx_deploy.models import MODELS, Shape
@@ -57,6 +59,17 @@ def in_precision(bundle: Bundle, precision: Precision) -> Bundle:
     """Return a bundle whose manifest says that every network computes in that."""
     networks = {name: replace(network, precision=precision) for name, network in bundle.manifest.networks.items()}
     return replace(bundle, manifest=replace(bundle.manifest, precision=precision, networks=networks))
+
+
+def inputs_of(bundle: Bundle, role: str) -> dict[str, NDArray[Any]]:
+    """Return the same random inputs of a network each time, as large as in a run, for a batch of two."""
+    random = np.random.default_rng(0)
+    inputs: dict[str, NDArray[Any]] = {}
+    for spec in bundle.network(role).inputs:
+        shape = spec.resolve({"batch": 2})
+        values = random.standard_normal(shape) * (0.2 if spec.name == "modulation" else 1)
+        inputs[spec.name] = random.integers(0, 30, shape) if spec.dtype == "int64" else values.astype(spec.dtype)
+    return inputs
 
 
 @pytest.fixture(scope="session")

@@ -28,19 +28,9 @@ from cvx_deploy.quantize import layers as layers_module
 from cvx_deploy.quantize.recipe import NetworkPrecision, Recipe
 from cvx_deploy.report.thresholds import THRESHOLDS
 from cvx_deploy.runtime.ort import OrtBackend
-from tests.conftest import Exported, Quantized, Tiny
+from tests.conftest import Exported, Quantized, Tiny, inputs_of
 
 Values = NDArray[np.floating]
-
-
-def inputs_of(bundle: Bundle, role: str) -> dict[str, NDArray[Any]]:
-    random = np.random.default_rng(0)
-    inputs: dict[str, NDArray[Any]] = {}
-    for spec in bundle.network(role).inputs:
-        shape = spec.resolve({"batch": 2})
-        values = random.standard_normal(shape) * (0.2 if spec.name == "modulation" else 1)
-        inputs[spec.name] = random.integers(0, 30, shape) if spec.dtype == "int64" else values.astype(spec.dtype)
-    return inputs
 
 
 def output_of(bundle: Bundle, role: str) -> Values:

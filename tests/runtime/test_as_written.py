@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle import Bundle
 from cvx_deploy.doctor import diagnose
 from cvx_deploy.errors import EngineError
-from cvx_deploy.runtime import openvino as openvino_backend
 from cvx_deploy.runtime import ort
 from cvx_deploy.runtime.backend import Backend
 from cvx_deploy.runtime.cpu import overflows_in_int8
 from cvx_deploy.runtime.openvino import OpenVinoBackend
 from cvx_deploy.runtime.ort import OrtBackend
-from tests.conftest import Quantized
+from tests.conftest import Quantized, inputs_of
 from tests.tolerances import INT8_RELATIVE, NETWORK_RELATIVE
 
 ROLES = ("transformer", "text_encoder")
@@ -34,14 +33,8 @@ class PlainBackend(OrtBackend):
 
 
 def output(backend: Backend, role: str) -> NDArray[Any]:
-    random = np.random.default_rng(0)
-    inputs: dict[str, NDArray[Any]] = {}
-    for spec in backend.bundle.network(role).inputs:
-        shape = spec.resolve({"batch": 1})
-        values = random.standard_normal(shape) * (0.2 if spec.name == "modulation" else 1)
-        inputs[spec.name] = random.integers(0, 30, shape) if spec.dtype == "int64" else values.astype(spec.dtype)
-    with backend.load(role, {"batch": 1}) as session:
-        (found,) = session.run(inputs).values()
+    with backend.load(role, {"batch": 2}) as session:
+        (found,) = session.run(inputs_of(backend.bundle, role)).values()
         return backend.to_host(found).astype(np.float64)
 
 
@@ -83,6 +76,6 @@ def test_openvino_refuses_int8_where_it_overflows(quantized: Quantized, monkeypa
     with pytest.raises(EngineError, match="no VNNI") as raised:
         OpenVinoBackend(bundle)
     assert "--engine onnxruntime" in raised.value.fix
-    openvino_backend.OpenVinoBackend(quantized("int8wo/fp32"))
+    OpenVinoBackend(quantized("int8wo/fp32"))
     notes = [one for one in diagnose(bundle.path.parent).findings if one.subject == f"bundle {bundle.path.name}"]
     assert any("no VNNI" in one.what for one in notes)
