@@ -25,6 +25,7 @@ from cvx_deploy.bundle import (
 from cvx_deploy.errors import ShapeError
 from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.fit import check_fit
 from cvx_deploy.exporters.lora import merge_adapters, read_adapters
 from cvx_deploy.exporters.modulation import ModulationContract
 from cvx_deploy.exporters.quantized import QuantizedComponent, Quantizing, quantize_components
@@ -99,6 +100,8 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
     SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
     contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, recipe) for shape in shapes})
     _check_components(checkpoint, contracts)
+    for note in checkpoint.notes:
+        progress.note(note)
     adapters = read_adapters(request.loras, checkpoint.tensors("transformer"), progress)
     with staged_directory(output, replace=may_replace(output)) as staging:
         write_tokenizer_json(checkpoint.root / "tokenizer", staging / _TOKENIZER)
@@ -130,6 +133,7 @@ def recipe_of(request: ExportRequest, checkpoint: Checkpoint) -> Recipe:
 def check_request(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     """Return the shapes asked for, after making sure that the checkpoint is the model asked for and can do them."""
     checkpoint.require_model(request.model)
+    check_fit(checkpoint)
     return shapes_of(request, checkpoint)
 
 
