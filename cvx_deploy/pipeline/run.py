@@ -241,7 +241,14 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
 
 def _refuse_video(bundle: Bundle) -> NoReturn:
     """Say which shape video-to-video can be done at, and how to come by it."""
-    period = 2 * bundle.manifest.vae.temporal
+    temporal = bundle.manifest.vae.temporal
+    period = 2 * temporal
+    if bundle.manifest.traits.patch_size_t is None:
+        raise ShapeError(
+            f"{bundle.manifest.model} cannot start from a video: diffusers encodes 8 frames at a time, and each of its "
+            f"latent frames spans {temporal}",
+            fix="leave --video out",
+        )
     nearest = replace(bundle.shape, frames=max(bundle.shape.frames // period, 1) * period)
     there = nearest in bundle.shapes
     raise ShapeError(

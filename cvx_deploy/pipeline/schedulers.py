@@ -10,6 +10,7 @@ a step starts from; ``alpha_prev`` is the same at the timestep it goes to.
 """
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -33,7 +34,7 @@ _CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 def _refuse(key: str, value: object, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"scheduler config: {key} is {value!r}, not {wanted}",
+        f"scheduler config: {key} is {reprlib.repr(value)}, not {wanted}",
         fix=f"use the scheduler_config.json of a CogVideoX checkpoint, or mend its {key}",
     )
 
