@@ -19,6 +19,7 @@ from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.runtime.cpu import overflows_in_int8
 from cvx_deploy.runtime.cuda import CudaPython, Gpu
 from cvx_deploy.runtime.open import OPENVINO
+from cvx_deploy.terminal import LONGEST_PATH, safe
 
 _PACKAGES = (
     "onnxruntime",
@@ -53,8 +54,8 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        cure = f". fix: {self.fix}" if self.fix else ""
-        return f"{self.state:<8}{self.subject}: {self.what}{cure}"
+        cure = f". fix: {safe(self.fix, LONGEST_PATH)}" if self.fix else ""
+        return f"{self.state:<8}{safe(self.subject)}: {safe(self.what)}{cure}"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import msgspec
 
 from cvx_deploy.bundle import Positive, WeightFile
-from cvx_deploy.errors import CheckpointError, CvxError, WrongModelError
+from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.carried import CarriedHashes
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import MODELS, Limits, Traits, model_with_traits
+from cvx_deploy.reading import SMALL, check_regular, read_whole, reading
 
 PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
 CLASSES = {
@@ -29,7 +30,7 @@ CLASSES = {
     "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
 }
 COMPONENTS = ("text_encoder", "transformer", "vae")
-_MAX_HEADER = 100_000_000
+_MAX_AXES, _MAX_AXIS = 8, 1 << 40  # of a tensor
 _ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
@@ -251,10 +252,9 @@ class Checkpoint:
         path = self.place(relative)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", fix="use a checkpoint in diffusers layout, whole")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError) as error:
-            raise CheckpointError(f"{path} is not readable JSON: {error}", fix="fetch the file again") from error
+        raw = read_whole(path, CheckpointError, fix="fetch the file again")
+        with reading(path, CheckpointError, fix="fetch the file again", says="is not readable JSON"):
+            content = json.loads(raw)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds no JSON object", fix="fetch the file again")
         return content
@@ -275,10 +275,8 @@ class Checkpoint:
                 fix="use a CogVideoX checkpoint",
             )
         if component in _NEEDED:
-            try:
+            with reading(path, CheckpointError, fix="fetch the file again"):
                 msgspec.convert(config, _NEEDED[component])
-            except msgspec.ValidationError as error:
-                raise CheckpointError(f"{path} is damaged: {error}", fix="fetch the file again") from error
         return config
 
     def _indexed(self, index: str) -> list[str]:
@@ -311,15 +309,9 @@ def sensible_config(folder: Path) -> Iterator[None]:
 
     They raise nearly every built-in exception there is, and some of their own.
     """
-    try:
+    config = f"no network can be built from {folder / 'config.json'}"
+    with reading(config, CheckpointError, fix="fetch the file again", says=""):
         yield
-    except CvxError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"no network can be built from {folder / 'config.json'}: {type(error).__name__}: {error}",
-            fix="fetch the file again",
-        ) from error
 
 
 def _transformer_folder(folder: Path) -> Path:
@@ -353,20 +345,16 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: The header is damaged, or does not fit the file's length.
     """
-    damaged = CheckpointError(f"{path} is truncated or damaged: its header makes no sense", fix="fetch the file again")
-    size = path.stat().st_size
-    try:
+    size = check_regular(path, CheckpointError, fix="fetch the file again")
+    says = "is truncated or damaged: its header makes no sense"
+    with reading(path, CheckpointError, fix="fetch the file again", says=says):
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise damaged
+            if not 2 <= length <= min(size - 8, SMALL):
+                raise ValueError(f"it would have {length:,} bytes")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         tensors = {name: _stored_tensor(file, 8 + length, entry) for name, entry in header.items()}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", fix="check the file's permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         raise CheckpointError(
@@ -378,6 +366,8 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
 def _stored_tensor(file: str, start: int, entry: dict[str, Any]) -> StoredTensor:
     first, last = (int(offset) for offset in entry["data_offsets"])
     shape = tuple(int(size) for size in entry["shape"])
+    if len(shape) > _MAX_AXES or not all(0 <= size <= _MAX_AXIS for size in shape):
+        raise ValueError("a tensor is of an impossible shape")
     if first < 0 or last - first != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:
         raise ValueError("a tensor's byte range is not its shape's")
     return StoredTensor(file, str(entry["dtype"]), shape, start + first, last - first)

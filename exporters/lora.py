@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from cvx_deploy.bundle import Lora, Precision, WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
@@ -34,6 +34,7 @@ from cvx_deploy.exporters.weights import PlannedTensor, load_tensor, stored_tens
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import MODELS
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import check_regular, read_whole, reading
 
 MERGED: Final = "transformer.lora.safetensors"
 """The file in the bundle that holds the merged weights."""
@@ -204,7 +205,9 @@ def _pickled(path: Path) -> CheckpointError:
 
 
 def _read_adapter(file: Path, scale: float, tensors: dict[str, StoredTensor]) -> Adapter:
-    try:
+    fix = "fetch the file again"
+    check_regular(file, CheckpointError, fix=fix)
+    with reading(file, CheckpointError, fix=fix, says="is no LoRA that can be read"):
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
@@ -214,8 +217,6 @@ def _read_adapter(file: Path, scale: float, tensors: dict[str, StoredTensor]) ->
             for name, layer in layers.items():
                 alpha = float(opened.get_tensor(layer.keys["alpha"])) if "alpha" in layer.keys else None
                 layer.factor = _factor(file, name, layer.shapes["B"][1], scale, alpha, config)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no LoRA that can be read: {error}", fix="fetch the file again") from error
     return Adapter(Lora(str(file), scale, sha256_of(file)), layers, ignored)
 
 
@@ -305,12 +306,12 @@ def _remedy(layers: dict[str, _Layer]) -> str:
 def _config_of(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """Return an adapter's LoraConfig: from the header, where diffusers puts it, or from the file that PEFT writes."""
     beside = file.with_name("adapter_config.json")
-    try:
+    with reading(f"the LoRA config of {file}", CheckpointError, fix="fetch it again"):
         if "lora_adapter_metadata" in metadata:
             stored = json.loads(metadata["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in stored.items()}
         elif file.name == _FILES[1] and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = json.loads(read_whole(beside, CheckpointError, fix="fetch it again"))
         else:
             return {}
         if config.get("use_dora"):
@@ -318,8 +319,6 @@ def _config_of(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
                 f"{file} is a DoRA, and only LoRA is merged", fix="fuse it in diffusers and save that"
             )
         return dict(config)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"the LoRA config of {file} is damaged: {error}", fix="fetch it again") from error
 
 
 def _factor(file: Path, name: str, rank: int, scale: float, alpha: float | None, config: dict[str, Any]) -> float:

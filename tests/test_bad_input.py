@@ -655,7 +655,7 @@ def test_a_prompt_that_is_too_long_is_a_warning_that_names_what_was_cut(whole: P
     assert outcome.code == 0
     warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
-    assert warnings[0].startswith("warning: the prompt is longer than 226 tokens; this part was cut: ")
+    assert warnings[0].startswith("note: the prompt is longer than 226 tokens; this part was cut: ")
     assert warnings[0].endswith("blue star")
     assert json.loads(outcome.out)["seeds"] == [-5]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["video.npy"]

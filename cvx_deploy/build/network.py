@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from cvx_deploy.build.libraries import Library
 from cvx_deploy.build.store import Profile
 from cvx_deploy.bundle import Bundle, Network, dimension
-from cvx_deploy.errors import EngineError
+from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import reading
+from cvx_deploy.terminal import no_foreign_lines
 
 Attention = Literal["fused", "decomposed", "none"]
 
@@ -45,9 +47,9 @@ class ParsedNetwork:
 
 def onnx_model(bundle: Bundle, name: str) -> onnx.ModelProto:
     """Read one of the bundle's networks; weights outside of its file stay there."""
-    model: onnx.ModelProto = onnx.ModelProto.FromString(
-        bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()
-    )
+    stored = bundle.manifest.networks[name].file
+    with reading(bundle.path / stored.path, BundleError, fix=bundle.remedy), no_foreign_lines():
+        model: onnx.ModelProto = onnx.ModelProto.FromString(bundle.content(stored))
     return model
 
 
@@ -119,7 +121,9 @@ def _fix_sizes(graph: onnx.GraphProto, described: Network, profile: Profile) -> 
 def _content(initializer: onnx.TensorProto, maps: Mapping[str, NDArray[np.uint8]], name: str) -> NDArray[np.uint8]:
     """Return the bytes of an external initializer, where they are mapped."""
     entries = {entry.key: entry.value for entry in initializer.external_data}
-    file, start, length = maps.get(entries["location"]), int(entries.get("offset", 0)), int(entries.get("length", 0))
+    with reading(f"{name}: the place of {initializer.name}", EngineError, fix="export the bundle again"):
+        file, start = maps.get(entries["location"]), int(entries.get("offset", 0))
+        length = int(entries.get("length", 0))
     if file is None or start < 0 or start + length > file.nbytes:
         raise EngineError(
             f"{name}: {initializer.name} lies outside the bundle's weight files", fix="export the bundle again"

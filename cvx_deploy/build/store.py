@@ -18,6 +18,7 @@ from cvx_deploy.build.plan import CompiledPlan
 from cvx_deploy.bundle import Bundle, StoredFile
 from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.files import sha256_of, staged_file
+from cvx_deploy.reading import read_whole, reading
 from cvx_deploy.runtime.cuda import Gpu
 
 if TYPE_CHECKING:
@@ -187,8 +188,9 @@ def plans_from_json(text: bytes) -> tuple[CompiledPlan, ...]:
 def _read(path: Path) -> EngineRecord | None:
     """Return the record in a file; None where there is none that can be read."""
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError):
+        with reading(path, EngineError, fix=""):
+            record = msgspec.json.decode(read_whole(path, EngineError, fix=""), type=EngineRecord)
+    except EngineError:
         return None
     return record if record.version == RECORD_VERSION else None
 
@@ -281,7 +283,7 @@ class EngineStore:
             EngineError: It is of another version.
         """
         self._bundle.check_file(record.plan)
-        return plans_from_json(self._bundle.inside(record.plan.path).read_bytes())
+        return plans_from_json(self._bundle.content(record.plan))
 
     def enter(
         self, key: EngineKey, network: str, engine: WrittenEngine, plans: tuple[CompiledPlan, ...]

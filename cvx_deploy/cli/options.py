@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cvx_deploy.cli.entry import drop_stdout, error_line
 from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress, RichProgress, SilentProgress
+from cvx_deploy.terminal import safe_lines
 
 if TYPE_CHECKING:
     from cvx_deploy.bundle import Bundle
@@ -23,6 +25,9 @@ Result = tuple[dict[str, Any], str]
 """What a command returns: the JSON object, and the text that says the same to a person."""
 
 Command = Callable[..., Any]
+
+_MAKING = {"run", "export", "convert", "synth", "build", "refit", "quantize", "bench", "pack", "unpack"}
+"""The commands whose result lies in files, and on stdout is told of only."""
 
 
 def reporting(function: Callable[..., Result]) -> Command:
@@ -34,13 +39,24 @@ def reporting(function: Callable[..., Result]) -> Command:
     def command(*, as_json: bool, quiet: bool, **options: Any) -> None:
         progress: Progress = SilentProgress() if quiet else RichProgress()
         values, text = function(progress=progress, **options)
-        click.echo(json.dumps(values, indent=2) if as_json else text)
+        _print(json.dumps(values, indent=2) if as_json else safe_lines(text), function.__name__)
         if "error" in values:  # what was found is printed all the same
             error = values["error"]
-            click.echo(f"error: {error['what']}. fix: {error['fix']}.", err=True)
+            click.echo(error_line(error["what"], error["fix"]), err=True)
             raise click.exceptions.Exit(1)
 
     return command
+
+
+def _print(text: str, command: str) -> None:
+    """Print a result; where it cannot be, a command that has made something has done its work all the same."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        if command not in _MAKING or isinstance(error, BrokenPipeError):
+            raise
+        drop_stdout()
+        click.echo(f"note: all is done, but stdout cannot be written: {error.strerror}", err=True)
 
 
 def plain_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:

@@ -12,6 +12,7 @@ from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bund
 from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress
 from cvx_deploy.runtime.open import ENGINES, EngineName, compiled, engine_version, on_gpu, open_backend
+from cvx_deploy.terminal import LONGEST_PATH, safe
 
 
 def _devices(text: str) -> tuple[int, ...]:
@@ -128,7 +129,8 @@ def run(
             for device in devices or (0,)
         )
         report = run_pipeline(backend, request, progress, others, cache)
-    progress.note(_time_table(report.stages))
+    for row in _time_table(report.stages):
+        progress.note(row)
     values = {
         "videos": [str(video) for video in report.paths],
         "seeds": report.seeds,
@@ -139,7 +141,7 @@ def run(
         "precision": bundle.manifest.precision,
         "bundle": str(path),
     }
-    return values, "\n".join(str(video) for video in report.paths)
+    return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
 
 
 def _check_engine(
@@ -157,7 +159,7 @@ def _check_engine(
             raise click.UsageError(f"{option} means nothing to --engine {engine}")
 
 
-def _time_table(stages: dict[str, float]) -> str:
+def _time_table(stages: dict[str, float]) -> list[str]:
     width = max(map(len, (*stages, "total")))
     rows = [*stages.items(), ("total", sum(stages.values()))]
-    return "\n".join(f"{name:<{width}}  {seconds:8.2f} s" for name, seconds in rows)
+    return [f"{name:<{width}}  {seconds:8.2f} s" for name, seconds in rows]
