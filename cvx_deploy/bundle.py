@@ -5,16 +5,26 @@ the checkpoint it was exported from. ONNX files name their weights by that table
 """
 
 import hashlib
+import math
 import os
 import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, TypeGuard
 
 import msgspec
 
+from cvx_deploy.bounds import (
+    MOST_LATENTS,
+    MOST_VALUES,
+    Factor,
+    Positive,
+    PositiveFactor,
+    Size,
+    check_video,
+)
 from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.files import sha256_of
 from cvx_deploy.models import SchedulerKind, Shape, Traits
@@ -28,12 +38,12 @@ SCHEMA_VERSION = 4
 Precision = Literal["fp32", "fp16", "bf16"]
 SchemeName = Literal["int8", "int8wo", "int4wo", "fp8"]
 DType = Literal["float32", "float16", "int64"]
-Positive = Annotated[int, msgspec.Meta(gt=0)]
 _TRANSFORMER = "transformer/"
 _AGAIN = "export the bundle again; run: cvx-deploy export --help"
 _SUFFIXES = {".json", ".onnx", ".safetensors"}
 _OF_A_BUNDLE = {"engines", HASHES}
-_SYMBOL = re.compile(r"([1-9]\d*\*)?[a-z_]+")
+_SYMBOL = re.compile(r"([1-9]\d{0,4}\*)?[a-z_]{1,40}")
+_MOST_AXES = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,10 @@ class TensorSpec:
         for size in self.shape:
             if size < 1 if isinstance(size, int) else not _SYMBOL.fullmatch(size):
                 raise ValueError(f"{self.name} has an axis of size {size}")
+            if isinstance(size, int) and size > MOST_VALUES:
+                raise ValueError(f"{self.name} has an axis of size {size}")
+        if len(self.shape) > _MOST_AXES or math.prod(filter(_is_int, self.shape)) > MOST_VALUES:
+            raise ValueError(f"{self.name} has more than {_MOST_AXES} axes or {MOST_VALUES:,} values")
 
     @property
     def symbols(self) -> set[str]:
@@ -82,7 +96,7 @@ class StoredFile:
     """A file inside the bundle: its relative path, bytes and hash."""
 
     path: str
-    size: int
+    size: Size
     sha256: str
 
 
@@ -96,7 +110,7 @@ class WeightFile:
     """
 
     path: str
-    size: int
+    size: Size
     sha256: str
     mtime_ns: int
     in_bundle: bool
@@ -156,7 +170,7 @@ class Vae:
         tile_height: Tile size in pixels when tiling is on; `tile_width` likewise.
     """
 
-    scaling_factor: Annotated[float, msgspec.Meta(gt=0)]
+    scaling_factor: PositiveFactor
     invert_scale_latents: bool
     latent_channels: Positive
     spatial: Positive
@@ -177,8 +191,10 @@ class ShapeEntry:
     networks: dict[str, str]
 
     def __post_init__(self) -> None:
-        if min(self.shape.frames, self.shape.height, self.shape.width) < 1:
-            raise ValueError(f"it names the shape {self.shape}")
+        shape = self.shape
+        if min(shape.frames, shape.height, shape.width) < 1:
+            raise ValueError(f"it names the shape {shape}")
+        check_video(shape.frames, shape.height, shape.width)
 
 
 class SchedulerEntry(TypedDict):
@@ -198,7 +214,7 @@ class Lora:
     """
 
     path: str
-    scale: float
+    scale: Factor
     sha256: str
 
 
@@ -224,9 +240,9 @@ class Manifest:
     model: str
     traits: Traits
     shapes: Annotated[tuple[ShapeEntry, ...], msgspec.Meta(min_length=1)]
-    fps: Positive
+    fps: Annotated[int, msgspec.Meta(gt=0, le=1000)]
     precision: str
-    text_length: Positive
+    text_length: Annotated[int, msgspec.Meta(gt=1, le=1 << 16)]
     vae: Vae
     scheduler: SchedulerEntry
     tokenizer: StoredFile
@@ -241,9 +257,17 @@ class Manifest:
         if len({entry.shape for entry in self.shapes}) < len(self.shapes):
             raise ValueError("it names a shape twice")
         for entry in self.shapes:
+            if self._latents(entry.shape) > MOST_LATENTS:
+                raise ValueError(f"its latents at {entry.shape} have more than {MOST_LATENTS:,} values")
             for role, name in entry.networks.items():
                 if name not in self.networks:
                     raise ValueError(f"its {role} at {entry.shape} is {name}, which is not among its networks")
+
+    def _latents(self, shape: Shape) -> int:
+        """Return how many values the latents of a video have, at most."""
+        vae = self.vae
+        plane = -(-shape.height // vae.spatial) * -(-shape.width // vae.spatial)
+        return (-(-shape.frames // vae.temporal) + (self.traits.patch_size_t or 1)) * vae.latent_channels * plane
 
     @property
     def computes_in(self) -> set[Precision]:
@@ -496,6 +520,10 @@ def manifest_from_json(text: bytes, file: str) -> Manifest:
                 fix="export the bundle again with this version of cvx-deploy",
             )
         return msgspec.convert(raw, Manifest)
+
+
+def _is_int(size: int | str) -> TypeGuard[int]:
+    return isinstance(size, int)
 
 
 def leads_outside(relative: str) -> bool:

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cvx_deploy.bundle import Positive, WeightFile
+from cvx_deploy.bounds import Positive, PositiveFactor, finite_json
+from cvx_deploy.bundle import WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.carried import CarriedHashes
 from cvx_deploy.files import sha256_of
@@ -65,8 +66,8 @@ class _Vae(msgspec.Struct):
     latent_channels: Positive
     sample_height: Positive
     sample_width: Positive
-    temporal_compression_ratio: Annotated[float, msgspec.Meta(gt=0)]
-    scaling_factor: Annotated[float, msgspec.Meta(gt=0)]
+    temporal_compression_ratio: PositiveFactor
+    scaling_factor: PositiveFactor
 
 
 class _TextEncoder(msgspec.Struct):
@@ -254,7 +255,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is missing", fix="use a checkpoint in diffusers layout, whole")
         raw = read_whole(path, CheckpointError, fix="fetch the file again")
         with reading(path, CheckpointError, fix="fetch the file again", says="is not readable JSON"):
-            content = json.loads(raw)
+            content = finite_json(raw)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds no JSON object", fix="fetch the file again")
         return content

@@ -26,6 +26,7 @@ from typing import Any, Final, Literal
 import torch
 from safetensors import safe_open
 
+from cvx_deploy.bounds import finite_json
 from cvx_deploy.bundle import Lora, Precision, WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.checkpoint import PICKLES, Checkpoint, Made, StoredTensor
@@ -308,10 +309,10 @@ def _config_of(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     beside = file.with_name("adapter_config.json")
     with reading(f"the LoRA config of {file}", CheckpointError, fix="fetch it again"):
         if "lora_adapter_metadata" in metadata:
-            stored = json.loads(metadata["lora_adapter_metadata"])
+            stored = finite_json(metadata["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in stored.items()}
         elif file.name == _FILES[1] and beside.is_file():
-            config = json.loads(read_whole(beside, CheckpointError, fix="fetch it again"))
+            config = finite_json(read_whole(beside, CheckpointError, fix="fetch it again"))
         else:
             return {}
         if config.get("use_dora"):

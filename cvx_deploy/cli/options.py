@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cvx_deploy.bounds import HIGHEST_SEED, LARGEST_FACTOR, LONGEST_SIDE, LOWEST_SEED, MOST_FRAMES, MOST_STEPS
 from cvx_deploy.cli.entry import drop_stdout, error_line
 from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import MINIATURES, miniature
@@ -25,6 +25,9 @@ Result = tuple[dict[str, Any], str]
 """What a command returns: the JSON object, and the text that says the same to a person."""
 
 Command = Callable[..., Any]
+STEPS = click.IntRange(1, MOST_STEPS)
+SEED = click.IntRange(LOWEST_SEED, HIGHEST_SEED)
+_SIDE = click.IntRange(max=LONGEST_SIDE)
 
 _MAKING = {"run", "export", "convert", "synth", "build", "refit", "quantize", "bench", "pack", "unpack"}
 """The commands whose result lies in files, and on stdout is told of only."""
@@ -83,7 +86,8 @@ def shape_of(text: str) -> Shape:
     try:
         return Shape.parse(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not frames x height x width, such as 49x480x720") from error
+        what = f"{text!r} is not frames x height x width, such as 49x480x720, of sensible sizes"
+        raise click.BadParameter(what) from error
 
 
 def scaled_file(text: str) -> tuple[Path, float]:
@@ -95,7 +99,7 @@ def scaled_file(text: str) -> tuple[Path, float]:
         value = float(scale)
     except ValueError:
         return Path(text), 1.0
-    if not name or not math.isfinite(value):
+    if not name or not abs(value) <= LARGEST_FACTOR:  # a NaN fails this too
         raise click.BadParameter(f"{text!r} is not a file and a scale, such as style.safetensors:0.8")
     return Path(name), value
 
@@ -105,9 +109,11 @@ def sizes(shape: str, default: str, *, several: bool) -> Callable[[Command], Com
 
     def decorate(command: Command) -> Command:
         @click.option("--shape", type=shape_of, multiple=several, metavar="FxHxW", help=shape)
-        @click.option("--frames", type=int, help=f"Video frames: 8k or 8k + 1. Default: {default}.")
-        @click.option("--height", type=int, help=f"Pixels. Default: {default}.")
-        @click.option("--width", type=int, help=f"Pixels. Default: {default}.")
+        @click.option(
+            "--frames", type=click.IntRange(max=MOST_FRAMES), help=f"Video frames: 8k or 8k + 1. Default: {default}."
+        )
+        @click.option("--height", type=_SIDE, help=f"Pixels. Default: {default}.")
+        @click.option("--width", type=_SIDE, help=f"Pixels. Default: {default}.")
         @functools.wraps(command)
         def sized(**options: Any) -> Any:
             if options["shape"] and any(options[axis] is not None for axis in ("frames", "height", "width")):
@@ -229,7 +235,7 @@ def need_extra(extra: str, *packages: str) -> None:
 
 def bytes_of(text: str) -> int:
     """Return the bytes that 12GB, 800MB or 16GiB means."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
     if not found:
         raise click.BadParameter(f"{text!r} is not a size, such as 12GB")
     base = 1024 if found[3] else 1000

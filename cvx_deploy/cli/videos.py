@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
 from cvx_deploy.models import Shape
@@ -51,7 +53,9 @@ def _devices(text: str) -> tuple[int, ...]:
     help="What runs it: the CPU, or a GPU. What the tensorrt kinds run, cvx-deploy build compiles.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of onnxruntime and openvino. Default: one a core."
+    "--threads",
+    type=click.IntRange(1, MOST_THREADS),
+    help="CPU threads of onnxruntime and openvino. Default: one a core.",
 )
 @click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs, which share the videos out. Default: 0.")
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory a tensorrt kind may use, such as 12GB.")
@@ -97,12 +101,14 @@ def run(
       cvx-deploy run --model 5b-i2v --image panda.png --prompt "the panda waves" --seed 7
       cvx-deploy run --model 5b --engine tensorrt --vram 12GB --prompt "a panda plays guitar"
     """
+    from cvx_deploy.runtime.combinations import check_combination
     from cvx_deploy.runtime.pipeline import RunRequest, networks_needed
     from cvx_deploy.runtime.pipeline import run as run_pipeline
     from cvx_deploy.runtime.prompt_cache import PromptCache
     from cvx_deploy.runtime.shapes import Wanted, bundle_at
 
     _check_engine(engine, threads, devices, vram, no_cuda_graphs)
+    check_combination(_given())
     request = RunRequest(output=output, **options)
     bundle = open_bundle(path, checkpoint)
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
@@ -142,6 +148,12 @@ def run(
         "bundle": str(path),
     }
     return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
+
+
+def _given() -> set[str]:
+    """Return the options that stand on the command line, with the value that they have anyway, too."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _check_engine(

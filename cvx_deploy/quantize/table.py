@@ -14,12 +14,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import MOST_STEPS, Factor, Positive
 from cvx_deploy.bundle import Precision
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.files import staged_file
@@ -54,12 +55,12 @@ class Conditions:
     traits: Traits
     shape: Shape
     prompts: str
-    prompt_count: int
-    steps: int
-    observed: tuple[int, ...]
-    guidance_scale: float
+    prompt_count: Positive
+    steps: Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]
+    observed: tuple[Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)], ...]
+    guidance_scale: Factor
     seed: int
-    percentile: float
+    percentile: Annotated[float, msgspec.Meta(gt=0, le=100)]
     compute: Precision
     tools: dict[str, str]
 

@@ -3,16 +3,16 @@
 Each stage loads its networks, works for every video, and lets go of them before the next one loads its own.
 """
 
-import math
 from collections.abc import Generator as Steps
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import MOST_VIDEOS
 from cvx_deploy.bundle import Bundle, Manifest
 from cvx_deploy.errors import CvxError, MediaError, OutputError, PromptError, ShapeError
 from cvx_deploy.files import staged_file
@@ -20,11 +20,12 @@ from cvx_deploy.models import SchedulerKind, Shape
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.runtime import vae
 from cvx_deploy.runtime.backend import Backend
+from cvx_deploy.runtime.combinations import check_combination
 from cvx_deploy.runtime.contact_sheet import ContactSheet
 from cvx_deploy.runtime.devices import share_out
 from cvx_deploy.runtime.encoders import VideoFormat
 from cvx_deploy.runtime.media import load_image, load_video
-from cvx_deploy.runtime.noise import Generator
+from cvx_deploy.runtime.noise import Generator, check_seed
 from cvx_deploy.runtime.prompt_cache import PromptCache
 from cvx_deploy.runtime.prompts import embed
 from cvx_deploy.runtime.run_report import RunReport
@@ -32,6 +33,8 @@ from cvx_deploy.runtime.sampler import Conditions, Latents, denoise, modulation_
 from cvx_deploy.runtime.scheduler import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.runtime.shapes import latent_shape, latents_header, padding
 from cvx_deploy.runtime.video import check_file_place, check_writable, open_writer
+
+MOST_GUIDANCE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,31 @@ class RunRequest:
             raise PromptError("there is no prompt", fix="give at least one with --prompt TEXT")
         if not 0 < self.strength <= 1:
             raise CvxError(f"strength {self.strength} is not above 0 and at most 1", fix="use --strength 0.8")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+        if not 0 <= self.guidance_scale <= MOST_GUIDANCE:  # a NaN fails this too
             raise CvxError(f"guidance scale {self.guidance_scale}", fix="use --guidance-scale 6, or 1 for no guidance")
         if self.num_videos < 1:
             raise CvxError(f"{self.num_videos} videos a prompt", fix="use --num-videos 1 or more")
-        if self.image is not None and self.video is not None:
-            raise PromptError("both an image and a video are given", fix="give one of --image and --video")
+        if self.num_videos * len(self.prompts) > MOST_VIDEOS:
+            raise CvxError(
+                f"{self.num_videos} videos of each of {len(self.prompts)} prompts are more than {MOST_VIDEOS}",
+                fix="use a smaller --num-videos, and run several times with other seeds",
+            )
+        for index in (0, max(self.num_videos * len(self.prompts), 1) - 1):
+            check_seed(self.seed + index)
+        check_combination(self.given)
         if self.save_latents is not None and self.save_latents.suffix != ".npy":
             raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
         if self.contact_sheet is not None and self.contact_sheet.suffix != ".png":
             raise OutputError(f"{self.contact_sheet} is not a .png file", fix="use --contact-sheet FILE.png")
         if self.save_latents is not None and self.save_latents.absolute() == Path(self.output).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
+
+    @property
+    def given(self) -> set[str]:
+        """The names of the fields that are not as they are by default."""
+        return {field.name for field in fields(self) if getattr(self, field.name) != field.default} - (
+            set() if self.prompts else {"prompts"}
+        )
 
 
 def run(
@@ -200,7 +216,12 @@ def make_latents(
 def _video_count(request: RunRequest) -> int:
     if request.from_latents is None:
         return len(request.prompts) * request.num_videos
-    return len(latents_header(request.from_latents))
+    count = len(latents_header(request.from_latents))
+    if count > MOST_VIDEOS:
+        raise MediaError(
+            f"{request.from_latents} holds {count} videos, more than {MOST_VIDEOS}", fix="divide it among several files"
+        )
+    return count
 
 
 def _check_task(backend: Backend, request: RunRequest) -> None:
@@ -361,6 +382,6 @@ def _read_latents(path: Path, bundle: Bundle) -> Latents:
             f"{path} holds {array.dtype} of shape {array.shape}, not float32 (videos, {', '.join(map(str, expected))})",
             fix="use latents made with a bundle of this shape",
         )
-    if not np.isfinite(array).all():
+    if not all(np.isfinite(video).all() for video in array):
         raise MediaError(f"{path} holds values that are not finite numbers", fix="make the latents again")
     return np.array(array)

@@ -170,6 +170,8 @@ def _suffix(path: Path | str) -> str:
     if str(path).endswith("/") or Path(path).is_dir():
         return FOLDER
     suffix = Path(path).suffix.lower()
+    if Path(path).name.lower() in ENCODERS:
+        raise OutputError(f"{path} is a suffix, not a name", fix=f"name a file, such as video{Path(path).name}")
     if suffix not in ENCODERS:
         known = ", ".join(filter(None, ENCODERS))
         raise OutputError(f"{path}: nothing here writes {suffix}", fix=f"end it in {known}, or in / for a folder")

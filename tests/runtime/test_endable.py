@@ -18,7 +18,7 @@ from cvx_deploy.runtime.ort import OrtSession, _Memory
 def test_what_the_call_returns_or_raises_comes_back() -> None:
     assert endable(lambda: 7, lambda: None) == 7
     with pytest.raises(KeyError, match="gone"):
-        endable(lambda: {}["gone"], lambda: None)
+        endable(lambda: dict[str, int]()["gone"], lambda: None)
 
 
 @pytest.fixture
