@@ -15,7 +15,6 @@ Alpha stands in the file's header (``lora_adapter_metadata``), in an ``adapter_c
 ``<layer>.alpha``; where it stands nowhere, alpha is the rank, as in diffusers.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -208,16 +207,16 @@ def _pickled(path: Path) -> CheckpointError:
 def _read_adapter(file: Path, scale: float, tensors: dict[str, StoredTensor]) -> Adapter:
     fix = "fetch the file again"
     check_regular(file, CheckpointError, fix=fix)
-    with reading(file, CheckpointError, fix=fix, says="is no LoRA that can be read"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-            layers, ignored = _layers_of(file, shapes)
-            _check(file, layers, tensors)
-            config = _config_of(file, metadata)
-            for name, layer in layers.items():
-                alpha = float(opened.get_tensor(layer.keys["alpha"])) if "alpha" in layer.keys else None
-                layer.factor = _factor(file, name, layer.shapes["B"][1], scale, alpha, config)
+    says = "is no LoRA that can be read"
+    with reading(file, CheckpointError, fix=fix, says=says), safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        layers, ignored = _layers_of(file, shapes)
+        _check(file, layers, tensors)
+        config = _config_of(file, metadata)
+        for name, layer in layers.items():
+            alpha = float(opened.get_tensor(layer.keys["alpha"])) if "alpha" in layer.keys else None
+            layer.factor = _factor(file, name, layer.shapes["B"][1], scale, alpha, config)
     return Adapter(Lora(str(file), scale, sha256_of(file)), layers, ignored)
 
 
