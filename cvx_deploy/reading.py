@@ -1,6 +1,7 @@
 """Bytes that others wrote: looked at before they are read, and whatever goes wrong with them is one stated failure."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from cvx_deploy.terminal import reason
 SMALL = 1 << 25
 """The most bytes of a config, a manifest, a header or another file that is held as Python objects."""
 
+_OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG}
+"""What is wrong with a path or a disk; a library's own words, for content that it cannot map, have other numbers."""
 _ODD = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -35,9 +38,9 @@ def reading(path: object, failure: type[CvxError], *, fix: str, says: str = "is 
     except MemoryError as error:
         raise failure(f"{path} needs more memory than there is", fix=fix) from error
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is not None:  # the system's word, not a parser's
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_SYSTEM):
             place = "check the path, its permissions and its disk"
-            raise failure(f"cannot read {path}: {error.strerror}", fix=place) from error
+            raise failure(f"{path} cannot be read: {error.strerror}", fix=place) from error
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise failure(f"{path} {says}".rstrip() + f": {reason(error)}", fix=fix) from error

@@ -130,6 +130,7 @@ def run(
     """
     progress = progress or SilentProgress()
     report = RunReport()
+    networks_needed(backend.bundle, request)
     check_writable(request.output, _video_count(request))
     for place in filter(None, (request.save_latents, request.contact_sheet)):
         check_file_place(place)
@@ -158,6 +159,8 @@ def networks_needed(
         if request.image is not None or request.video is not None:
             halves.append(vae.encoder(vae_facts))
     for half in halves:
+        if request.vae_tiling:
+            vae.check_tiles(vae_facts, half, shape)
         planes = vae.planes(vae_facts, half, shape, tiled=request.vae_tiling)
         for role in filter(bundle.has, (half.first, half.following)):
             needed += [(role, {"latent_height": height, "latent_width": width}) for height, width in planes]

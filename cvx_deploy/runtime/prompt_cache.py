@@ -150,8 +150,8 @@ def _embedding(content: bytes, shape: tuple[int, ...]) -> Embedding:
     array, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
     if hashlib.sha256(array).digest() != digest:
         raise ValueError("it is damaged")
-    dtype, found, start = header_of(io.BytesIO(array), len(array))
-    if dtype != np.float32 or found != shape:
+    dtype, found, start, order = header_of(io.BytesIO(array), len(array))
+    if dtype != np.float32 or found != shape or order != "C":
         raise ValueError(f"it holds {dtype} of shape {found}, not float32 {shape}")
     embedding: Embedding = np.frombuffer(array, np.float32, offset=start).reshape(shape)
     if not np.isfinite(embedding).all():

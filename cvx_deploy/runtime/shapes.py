@@ -63,8 +63,8 @@ def latents_header(path: Path) -> NDArray[Any]:
     fix = "use a file that --save-latents wrote"
     size = check_regular(path, MediaError, fix=fix)
     with reading(path, MediaError, fix=fix, says="holds no latents"), path.open("rb") as file:
-        dtype, shape, start = header_of(file, size)
-        return np.memmap(file, dtype, "r", start, shape)
+        dtype, shape, start, order = header_of(file, size)
+        return np.memmap(file, dtype, "r", start, shape, order)
 
 
 def latent_shape(bundle: Bundle) -> tuple[int, int, int, int, int]:

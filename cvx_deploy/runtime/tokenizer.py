@@ -4,8 +4,10 @@ Padding and truncation are those of transformers' ``T5Tokenizer`` called with ``
 as diffusers' CogVideoX pipelines call it.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,6 +17,7 @@ from cvx_deploy.errors import BundleError, PromptError
 from cvx_deploy.reading import read_whole, reading
 from cvx_deploy.terminal import no_foreign_lines
 
+_MOST_GROWN = 1000
 _PAD_ID = 0  # T5's; the exporter refuses a tokenizer with another
 _FIX = "write the bundle anew with cvx-deploy export"
 
@@ -71,11 +74,26 @@ class Tokenizer:
             return Tokens(ids, self._tokenizer.decode(removed, skip_special_tokens=False))
 
 
+def _check_growth(rules: Any) -> None:
+    """Raise ValueError where a tokenizer's own rules would make a prompt a thousand times as long, or more."""
+    grown, waiting = 1, [rules.get(part) for part in ("normalizer", "pre_tokenizer")]
+    while waiting:
+        rule = waiting.pop()
+        if isinstance(rule, dict):
+            grown *= max(len(str(rule.get("content", ""))), 1)
+            waiting += rule.values()
+        elif isinstance(rule, list):
+            waiting += rule
+        if grown > _MOST_GROWN:
+            raise ValueError("its rules would make any prompt too long")
+
+
 def _load(path: Path, content: bytes | None) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise BundleError(f"{path} is missing", fix=_FIX)
     content = read_whole(path, BundleError, fix=_FIX) if content is None else content
     with reading(path, BundleError, fix=_FIX), no_foreign_lines():
+        _check_growth(json.loads(content))
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
