@@ -63,9 +63,10 @@ def read_whole(path: Path, failure: type[CvxError], *, fix: str, limit: int = SM
         # Without waiting: between a look at the path and its opening it may become a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
-            _check(path, os.fstat(descriptor), failure, fix, limit)
-            content = file.read(limit + 1)
-        if len(content) > limit:
+            found = os.fstat(descriptor)
+            _check(path, found, failure, fix, limit)
+            content = file.read(found.st_size + 1)
+        if len(content) > found.st_size:
             raise failure(f"{path} grows while it is read", fix=fix)
         return content
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from cvx_deploy.bounds import MOST_PIXELS, check_video, finite_json
-from cvx_deploy.bundle import MANIFEST, Bundle, TensorSpec
+from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.bundle.schema import TensorSpec
 from cvx_deploy.errors import BundleError
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.shape import Shape
+from tests.bundle.test_bundle import make_bundle
 from tests.command import cvx
-from tests.test_bundle import make_bundle
 
 
 @pytest.mark.parametrize("text", ["[NaN]", '{"a": [1e999]}', '{"a": {"b": -Infinity}}', "[" + "9" * 30 + "]"])

@@ -16,13 +16,13 @@ import click
 import numpy as np
 import pytest
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.cli import cli
 from cvx_deploy.errors import CvxError
-from cvx_deploy.models import MODELS
+from cvx_deploy.families.cogvideox.models import MODELS
+from tests.bundle.test_bundle import make_bundle
 from tests.command import Outcome, cvx
 from tests.conftest import Exported, Tiny
-from tests.test_bundle import make_bundle
 from tests.untraced import without_tracing
 
 COMMANDS = [
@@ -184,7 +184,7 @@ def test_an_interrupt_exits_with_130_and_is_one_json_object_too(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", interrupted)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", interrupted)
     outcome = cvx("inspect", "--bundle", bundle.path, "--json")
     assert outcome.code == 130
     assert outcome.err.split() == ["interrupted"]
@@ -202,13 +202,13 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", wrapped)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", wrapped)
     outcome = cvx("inspect", "--bundle", bundle.path)
     assert (outcome.code, outcome.out, outcome.err.split()) == (130, "", ["interrupted"])
 
 
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored(bundle: Bundle) -> None:
-    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from cvx_deploy import cli, inspect"
+    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from cvx_deploy import cli; from cvx_deploy.bundle import inspect"
     program += "; inspect.describe = lambda _: os.kill(os.getpid(), signal.SIGINT) or 'done'; cli.main()"
     done = python(program, "inspect", "--bundle", bundle.path)
     assert (done.returncode, done.stdout) == (0, "done\n")
@@ -225,7 +225,7 @@ def test_an_error_of_the_program_itself_is_one_line_that_says_so(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", broken)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", broken)
     outcome = cvx("inspect", "--bundle", bundle.path, "--json")
     line = outcome.failure()
     assert outcome.err == line + "\n"
@@ -238,7 +238,7 @@ def test_with_debug_the_traceback_is_shown_too(bundle: Bundle, monkeypatch: pyte
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", broken)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", broken)
     outcome = cvx("--debug", "inspect", "--bundle", bundle.path)
     assert (outcome.code, "Traceback" in outcome.err) == (1, True)
     monkeypatch.setenv("CVX_DEBUG", "1")
@@ -253,7 +253,7 @@ def test_what_libraries_warn_of_reaches_nobody_unless_asked_for(
         logging.getLogger("library").error("look here")
         return "done"
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", noisy)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", noisy)
     assert cvx("inspect", "--bundle", bundle.path).err == ""
     with pytest.warns(UserWarning, match="look out"):
         cvx("--debug", "inspect", "--bundle", bundle.path)
@@ -270,7 +270,7 @@ def test_a_failure_of_several_lines_is_stated_in_one(bundle: Bundle, monkeypatch
     def fail(*_: object) -> None:
         raise CvxError("one\ntwo", fix="three\nfour")
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", fail)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", fail)
     assert cvx("inspect", "--bundle", bundle.path).failure() == "error: one\\ntwo. fix: three\\nfour."
 
 

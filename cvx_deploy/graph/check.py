@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from cvx_deploy.bundle import Network, TensorSpec
+from cvx_deploy.bundle.schema import Network, TensorSpec
 from cvx_deploy.errors import BundleError
 from cvx_deploy.reading import read_whole, reading
 from cvx_deploy.terminal import no_foreign_lines, reason

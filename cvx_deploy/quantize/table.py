@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.bounds import MOST_STEPS, Factor, Positive
-from cvx_deploy.bundle import Precision
 from cvx_deploy.errors import CalibrationError
+from cvx_deploy.families.cogvideox.models import Traits
 from cvx_deploy.files import staged_file
-from cvx_deploy.models import Shape, Traits
+from cvx_deploy.precision import Precision
 from cvx_deploy.reading import check_regular, reading
+from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import safe
 
 SCHEMA_VERSION = 1
