@@ -16,7 +16,7 @@ from report import conditions, write
 
 from cvx_deploy.bundle import Precision
 from cvx_deploy.exporters.synth_configs import transformer_config
-from cvx_deploy.exporters.trace import graph_from_contract
+from cvx_deploy.exporters.tracing.graph import graph_from_contract
 from cvx_deploy.exporters.transformer import TransformerContract
 from cvx_deploy.graph.rewrites import rewrite
 from cvx_deploy.models import MODELS, Shape

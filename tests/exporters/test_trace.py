@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from cvx_deploy.bundle import Precision, TensorSpec
 from cvx_deploy.errors import CheckpointError
-from cvx_deploy.exporters import trace as trace_module
 from cvx_deploy.exporters.checkpoint import Checkpoint, StoredTensor, read_header
 from cvx_deploy.exporters.contract import NetworkContract
-from cvx_deploy.exporters.trace import OPSET, onnx_from_contract, weight_location
+from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
+from cvx_deploy.exporters.tracing import graph
+from cvx_deploy.exporters.tracing.graph import OPSET
 from tests.conftest import Exported, Tiny
 
 FILE = "part/weights.safetensors"
@@ -70,7 +71,7 @@ _traced: dict[str, ir.Model] = {}
 @pytest.fixture(autouse=True)
 def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace once a precision: the tests differ in what happens to the graph then."""
-    original = trace_module._trace
+    original = graph._trace
 
     def once(contract: NetworkContract, where: Path) -> ir.Model:
         if contract.config:
@@ -79,7 +80,7 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _traced[contract.precision] = original(contract, where)
         return _traced[contract.precision].clone()
 
-    monkeypatch.setattr(trace_module, "_trace", once)
+    monkeypatch.setattr(graph, "_trace", once)
 
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
