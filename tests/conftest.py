@@ -134,3 +134,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes ``model_name`` for all five models."""
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", list(MODELS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need an export, so that the others can be run in a minute: ``-m "not export"``."""
+    for item in items:
+        made = {"exported", "quantized", "table"} & set(getattr(item, "fixturenames", ()))
+        if made or item.get_closest_marker("nightly") is not None:
+            item.add_marker(pytest.mark.export)

@@ -17,6 +17,7 @@ from cvx_deploy.exporters.checkpoint import sensible_config
 from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.repeat import repeat_blocks
 from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
+from cvx_deploy.exporters.tracing.copies import make_copies
 from cvx_deploy.graph.fold import fold_indices
 from cvx_deploy.graph.split import split_without_sequences
 
@@ -26,10 +27,11 @@ OPSET = 23
 def graph_from_contract(contract: NetworkContract, where: Path) -> ir.Model:
     """Trace a network as deep as it is; nothing is rewritten for an engine, and its weights are names and shapes."""
     model = _trace(contract, where)
+    _name_nodes_by_module(model)
+    make_copies(model)
     for named, specs in ((model.graph.inputs, contract.input_specs), (model.graph.outputs, contract.output_specs)):
         for value, spec in zip(named, specs, strict=True):
             value.name, value.shape = spec.name, ir.Shape(spec.shape)
-    _name_nodes_by_module(model)
     make_symbolic(model, contract.input_specs)
     split_without_sequences(model)
     if contract.blocks is not None:
@@ -41,7 +43,7 @@ def graph_from_contract(contract: NetworkContract, where: Path) -> ir.Model:
 def _trace(contract: NetworkContract, where: Path) -> ir.Model:
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet(), torch.no_grad():
         with sensible_config(where):
-            module = contract.module()
+            module = contract.traceable()
         inputs = tuple(contract.generate_dummy_inputs(**PRIMES).values())
         program = torch.export.export(module, inputs, strict=False)
     with _quiet():

@@ -19,6 +19,8 @@ from tests.conftest import Tiny
 
 LAYERS = 7
 
+pytestmark = pytest.mark.export
+
 
 def meaning(model: ir.Model) -> list[str]:
     """Return a hash of what every output is computed from: operators, attributes, weights, but no names of values."""

@@ -23,6 +23,8 @@ from tests.conftest import Exported, Tiny
 FILE = "part/weights.safetensors"
 FEATURES, WIDTH = 300, 200
 
+pytestmark = pytest.mark.export
+
 
 class Affine(torch.nn.Module):
     """One layer, and one table that no checkpoint holds."""

@@ -27,6 +27,8 @@ from tests.exporters.test_trace import AffineContract
 
 HERE = Path("here")
 
+pytestmark = pytest.mark.export
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
