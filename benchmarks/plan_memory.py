@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from architecture import architecture_of
 from msgspec import convert
 from report import conditions, write
 
-from cvx_deploy.build.store import EngineStore
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.models import Shape
-from cvx_deploy.plan.architecture import Architecture
-from cvx_deploy.plan.memory import cpu_peak, gpu_needs
-from cvx_deploy.report.memory import MemoryWatch
-from cvx_deploy.runtime import vae
-from cvx_deploy.runtime.ort import OrtBackend
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+from cvx_deploy.engines.tensorrt.store import EngineStore
+from cvx_deploy.estimate.memory import cpu_peak, gpu_needs
+from cvx_deploy.families.cogvideox.architecture import Architecture
+from cvx_deploy.measure.memory import MemoryWatch
+from cvx_deploy.pipeline import vae
+from cvx_deploy.shape import Shape
 
 TOOLS = ("onnxruntime", "tensorrt-rtx-cu13", "torch", "diffusers", "onnx")
 PROGRAM = (sys.executable, "-m", "cvx_deploy")
@@ -75,12 +76,6 @@ def bundle(work: Path, name: str, shapes: tuple[str, ...], precision: str) -> Pa
 def program(*words: object) -> None:
     """Run cvx-deploy."""
     subprocess.run([*PROGRAM, *map(str, words), "--quiet"], check=True, stdout=sys.stderr)
-
-
-def architecture(folder: Path) -> Architecture:
-    """Read a checkpoint's configs."""
-    parts = ("transformer", "text_encoder", "vae")
-    return Architecture.of_configs(*(json.loads((folder / part / "config.json").read_text()) for part in parts))
 
 
 def engines(work: Path, shape: str) -> Iterator[dict[str, Any]]:
@@ -188,7 +183,7 @@ def main() -> None:
     told = conditions(TOOLS, arguments.note, gpu="none: engines are compiled ahead of time, not run", target=TARGET)
     names = dict.fromkeys(name for name, *_ in SESSIONS)
     results: dict[str, Any] = {
-        "architectures": {name: asdict(architecture(checkpoint(arguments.work, name))) for name in names},
+        "architectures": {name: asdict(architecture_of(checkpoint(arguments.work, name))) for name in names},
         "engines": [row for shape in BUILT for row in engines(arguments.work, shape)],
         "sessions": list(sessions(arguments.work)),
     }

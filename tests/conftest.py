@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Bundle, Precision
+from cvx_deploy import __version__
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.exporters.tracing.sources import sources_of
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "tests"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum", "torchao")
-_SYNTH = "cvx_deploy.exporters.synth"
+_SYNTH = "cvx_deploy.exporters.sources.synth"
 _EXPORT = "cvx_deploy.exporters.export"
-_CALIBRATE = "cvx_deploy.exporters.calibrate"
+_CALIBRATE = "cvx_deploy.exporters.quantization.calibrate"
 
 # What exports trace here is kept here, and found by every test that traces the same, in other processes too.
 os.environ["CVX_CACHE_DIR"] = str(CACHE)
@@ -40,7 +43,7 @@ def _cache(kind: str, *makers: str) -> Path:
     digest = hashlib.sha256()
     for file in sources_of(*makers):
         digest.update(file.read_bytes())
-    digest.update(repr([importlib.metadata.version(tool) for tool in _TOOLS]).encode())
+    digest.update(repr([__version__, *map(importlib.metadata.version, _TOOLS)]).encode())
     return CACHE / kind / digest.hexdigest()[:16]
 
 
@@ -74,7 +77,7 @@ def inputs_of(bundle: Bundle, role: str) -> dict[str, NDArray[Any]]:
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     """Return the tiny checkpoint of a model; do not change it, copy it."""
-    from cvx_deploy.exporters.synth import synthesize
+    from cvx_deploy.exporters.sources.synth import synthesize
 
     def checkpoint(name: str) -> Path:
         path = _cache("checkpoints", _SYNTH) / name
@@ -102,8 +105,8 @@ def exported(tiny: Tiny) -> Exported:
 @pytest.fixture(scope="session")
 def table(tiny: Tiny) -> Path:
     """Return a table of the activations of the tiny 5b; do not change it, copy it."""
-    from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
-    from cvx_deploy.exporters.checkpoint import Checkpoint
+    from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
+    from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(tiny("5b"))
     shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
@@ -116,7 +119,7 @@ def table(tiny: Tiny) -> Path:
 def quantized(tiny: Tiny, table: Path) -> Quantized:
     """Return the bundle of the tiny 5b in a quantized precision; do not change it, copy it."""
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-    from cvx_deploy.exporters.quantized import Quantizing
+    from cvx_deploy.exporters.quantization.quantized import Quantizing
 
     def bundle(precision: str, **quantizing: Any) -> Bundle:
         how = "".join(f"-{key}{value}" for key, value in quantizing.items())

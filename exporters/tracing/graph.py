@@ -13,11 +13,11 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cvx_deploy.exporters.checkpoint import sensible_config
-from cvx_deploy.exporters.contract import NetworkContract
-from cvx_deploy.exporters.repeat import repeat_blocks
-from cvx_deploy.exporters.symbols import PRIMES, make_symbolic
+from cvx_deploy.exporters.sources.checkpoint import sensible_config
+from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.copies import make_copies
+from cvx_deploy.exporters.tracing.repeat import repeat_blocks
+from cvx_deploy.exporters.tracing.symbols import PRIMES, make_symbolic
 from cvx_deploy.graph.fold import fold_indices
 from cvx_deploy.graph.split import split_without_sequences
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from cvx_deploy.errors import OutputError
-from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.graph import graph_from_contract
 from cvx_deploy.exporters.tracing.sources import PACKAGE, sources_of
 from cvx_deploy.files import cache_folder, staged_file

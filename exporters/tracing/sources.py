@@ -1,12 +1,13 @@
-"""The package's own files that a module is made of: itself and all it imports, however deep."""
+"""The package's own files that a module is made of: itself and all it imports, however deep.
+
+The package itself is not among them: it offers everything, and what the code here takes from it is its version.
+"""
 
 import ast
 import functools
 from pathlib import Path
 
-import cvx_deploy
-
-PACKAGE = Path(cvx_deploy.__file__).parent
+PACKAGE = Path(__file__).parents[2]
 
 
 @functools.cache
@@ -26,7 +27,7 @@ def sources_of(*modules: str) -> tuple[Path, ...]:
 def _file_of(module: str) -> Path | None:
     """Return where a module of the package lies; None for what is none of its modules."""
     top, *rest = module.split(".")
-    if top != PACKAGE.name:
+    if top != PACKAGE.name or not rest:
         return None
     place = PACKAGE.joinpath(*rest)
     return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)

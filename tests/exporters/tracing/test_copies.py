@@ -6,14 +6,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cvx_deploy.bundle import Precision
 from cvx_deploy.errors import CheckpointError
-from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.exporters.cogvideox.vae import VaeContract
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.tracing.copies import make_copies
 from cvx_deploy.exporters.tracing.graph import graph_from_contract
-from cvx_deploy.exporters.vae import VaeContract
+from cvx_deploy.precision import Precision
 from tests.conftest import Tiny
-from tests.exporters.test_repeat import meaning
+from tests.exporters.tracing.test_repeat import meaning
 
 HERE = Path("here")
 CHUNKS: list[tuple[str, int, bool, Precision]] = [

@@ -10,20 +10,20 @@ import onnx_ir as ir
 import pytest
 
 from cvx_deploy.errors import CheckpointError
-from cvx_deploy.exporters.checkpoint import Checkpoint
-from cvx_deploy.exporters.contract import NetworkContract
-from cvx_deploy.exporters.modulation import ModulationContract
-from cvx_deploy.exporters.text_encoder import TextEncoderContract
-from cvx_deploy.exporters.trace import onnx_from_contract
+from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
+from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
+from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
+from cvx_deploy.exporters.cogvideox.vae import VaeContract
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.tracing import kept
+from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.graph import graph_from_contract
 from cvx_deploy.exporters.tracing.sources import PACKAGE, sources_of
-from cvx_deploy.exporters.transformer import TransformerContract
-from cvx_deploy.exporters.vae import VaeContract
-from cvx_deploy.models import Shape
+from cvx_deploy.exporters.tracing.trace import onnx_from_contract
+from cvx_deploy.shape import Shape
 from tests.conftest import Tiny
-from tests.exporters.test_repeat import meaning
-from tests.exporters.test_trace import AffineContract
+from tests.exporters.tracing.test_repeat import meaning
+from tests.exporters.tracing.test_trace import AffineContract
 
 HERE = Path("here")
 
@@ -105,7 +105,9 @@ def test_what_a_trace_depends_on_is_part_of_its_key(
     elif change == "tool":
         monkeypatch.setattr(importlib.metadata, "version", lambda tool: f"another {tool}")
     else:
-        monkeypatch.setattr(kept, "sources_of", lambda *modules: sources_of(*modules, "cvx_deploy.exporters.hub"))
+        monkeypatch.setattr(
+            kept, "sources_of", lambda *modules: sources_of(*modules, "cvx_deploy.exporters.sources.hub")
+        )
     graph_of(contract)
     graph_of(contract)
     assert traced == ["modulation", contract.name]
@@ -191,6 +193,6 @@ def test_a_config_that_describes_no_network_is_named_and_nothing_kept(tiny: Tiny
 
 def test_the_sources_are_all_that_tracing_imports_and_little_else() -> None:
     found = {str(path.relative_to(PACKAGE)) for path in sources_of(kept.__name__, VaeContract.__module__)}
-    assert {"exporters/tracing/graph.py", "graph/fold.py", "exporters/vae.py", "models.py"} <= found
-    assert not {path for path in found if path.startswith(("runtime/", "cli/", "build/")) or "hub" in path}
+    assert {"exporters/tracing/graph.py", "graph/fold.py", "exporters/cogvideox/vae.py", "precision.py"} <= found
+    assert not {path for path in found if path.startswith(("pipeline/", "cli/", "engines/")) or "hub" in path}
     assert not sources_of(AffineContract.__module__)

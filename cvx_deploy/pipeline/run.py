@@ -1,0 +1,406 @@
+"""Prompts (and an image, or a video) in, video files out: the whole run, stage by stage.
+
+Each stage loads its networks, works for every video, and lets go of them before the next one loads its own.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.schema import Manifest
+from cvx_deploy.engines.backend import Backend, prefetch
+from cvx_deploy.errors import CvxError, MediaError, PromptError, ShapeError
+from cvx_deploy.families.cogvideox.vae import DECODER, encoder
+from cvx_deploy.files import staged_file
+from cvx_deploy.media.contact_sheet import ContactSheet
+from cvx_deploy.media.encoders import VideoFormat
+from cvx_deploy.media.read import load_image, load_video
+from cvx_deploy.media.write import check_file_place, check_writable, open_writer
+from cvx_deploy.pipeline import vae
+from cvx_deploy.pipeline.devices import share_out
+from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
+from cvx_deploy.pipeline.noise import Generator as NoiseGenerator
+from cvx_deploy.pipeline.prompt_cache import PromptCache
+from cvx_deploy.pipeline.prompts import embed
+from cvx_deploy.pipeline.report import RunReport
+from cvx_deploy.pipeline.request import RunRequest, networks_needed, texts
+from cvx_deploy.pipeline.sampler import Conditions, Latents, denoise, modulation_of
+from cvx_deploy.pipeline.schedulers import Scheduler, SchedulerConfig, make_scheduler
+from cvx_deploy.pipeline.shapes import latent_shape, latents_header, padding
+from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.shape import Shape
+
+
+def run(
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress | None = None,
+    others: Sequence[Backend] = (),
+    prompt_cache: PromptCache | None = None,
+    watch: Callable[[Event], None] = lambda _: None,
+) -> RunReport:
+    """Make the videos that `request` asks for, and write them to its output.
+
+    Args:
+        backend: Where everything runs.
+        request: What to make.
+        progress: Told what goes on.
+        others: More devices, which denoise their share of the videos; the result is that of one.
+        prompt_cache: Embeddings of earlier runs, and where this one's are kept.
+        watch: Told of every step and every piece of a video.
+
+    Raises:
+        CvxError: Of every kind, each before any hours of work where it can be known then.
+    """
+    progress, report, output = progress or SilentProgress(), RunReport(), request.output
+    assert output is not None
+    videos = _video_count(request)
+    check_writable(output, videos)
+    for place in filter(None, (request.save_latents, request.contact_sheet)):
+        check_file_place(place)
+    with ExitStack() as stack:
+        happening = stack.enter_context(closing(events(backend, request, progress, report, others, prompt_cache)))
+        files: _Files | None = None
+        for event in happening:
+            watch(event)
+            if isinstance(event, Denoised):
+                if request.save_latents is not None:
+                    _write_latents(request.save_latents, event.latents)
+                files = stack.enter_context(_Files(backend.bundle, request, output, len(event.latents), report))
+            elif isinstance(event, Frames) and files is not None:
+                files.add(event.frames)
+    return report
+
+
+class _Files:
+    """What a run writes of its frames: the videos, and their contact sheet once all is well."""
+
+    def __init__(self, bundle: Bundle, request: RunRequest, output: Path | str, videos: int, report: RunReport) -> None:
+        self._request, self._report = request, report
+        video = video_format(bundle, videos)
+        self._sheet = ContactSheet(video) if request.contact_sheet is not None else None
+        self._writer = open_writer(output, video)
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+        if kind is None:
+            self._report.paths = list(self._writer.paths)
+            if self._sheet is not None and self._request.contact_sheet is not None:
+                self._sheet.save(self._request.contact_sheet)
+
+    def add(self, frames: NDArray[np.float32]) -> None:
+        """Write the next frames."""
+        with self._report.stage("write video"):
+            self._writer.write(frames)
+            if self._sheet is not None:
+                self._sheet.add(frames)
+
+
+def video_format(bundle: Bundle, videos: int) -> VideoFormat:
+    """Return what a bundle's finished videos are."""
+    shape = bundle.shape
+    return VideoFormat(shape.frames, shape.height, shape.width, bundle.manifest.fps, videos=videos)
+
+
+def events(
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress,
+    report: RunReport,
+    others: Sequence[Backend] = (),
+    prompt_cache: PromptCache | None = None,
+) -> Generator[Event, None, None]:
+    """Yield what happens while the videos of `request` are made; nothing is written.
+
+    It can be closed wherever it yields: what the run has loaded stays or goes as the backend's residency says, and all
+    else is let go of.
+
+    Args:
+        backend: Where everything runs.
+        request: What to make; its output is not looked at.
+        progress: Told what goes on.
+        report: Where it is noted what was done when.
+        others: More devices, which denoise their share of the videos.
+        prompt_cache: Embeddings of earlier runs, and where this one's are kept.
+
+    Raises:
+        CvxError: As `run` does.
+    """
+    for role, sizes in networks_needed(backend.bundle, request, prompt_cache):
+        prefetch(backend, role, sizes)
+    if request.from_latents is not None:
+        latents = _read_latents(request.from_latents, backend.bundle)
+    else:
+        latents = yield from _denoised(backend, request, progress, report, others, prompt_cache)
+    yield Denoised(latents)
+    if not request.latents_only:
+        yield from _decoded(backend, request, latents, progress, report)
+
+
+def make_latents(
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress,
+    report: RunReport,
+    others: Sequence[Backend] = (),
+    prompt_cache: PromptCache | None = None,
+) -> Latents:
+    """Return the finished latents of every video, unpadded: (videos, F, C, H, W)."""
+    made = events(backend, replace(request, latents_only=True), progress, report, others, prompt_cache)
+    return next(event.latents for event in made if isinstance(event, Denoised))
+
+
+def _denoised(
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress,
+    report: RunReport,
+    others: Sequence[Backend],
+    prompt_cache: PromptCache | None,
+) -> Generator[Event, None, Latents]:
+    """Yield every step, and return the finished latents of every video, unpadded."""
+    manifest = backend.bundle.manifest
+    _check_task(backend, request)
+    report.seeds = request.seeds
+    generators = [NoiseGenerator(seed) for seed in report.seeds]
+    schedulers = [_scheduler(manifest, request) for _ in generators]
+    source = _source_pixels(backend.bundle.shape, request, progress)
+    with report.stage("text encoder"):
+        prompt_embeds = _prompt_embeds(backend, request, prompt_cache, progress, report)
+    with report.stage("vae encode"):
+        encoded = _encoded(backend, request, source, generators, progress)
+    with report.stage("modulation"):
+        modulation = modulation_of(backend, schedulers[0])
+    with report.stage("transformer"):
+        finished: dict[int, Latents] = {}
+        guided = request.is_guided
+        steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
+
+        def work(device: Backend, videos: Sequence[int]) -> Generator[Event, None, None]:
+            with device.load("transformer", {"batch": 2 if guided else 1}) as session:
+                for index in videos:
+                    scheduler, generator = schedulers[index], generators[index]
+                    latents, image_latents = _start(
+                        backend.bundle, scheduler, generator, encoded[index], request, index
+                    )
+                    conditions = Conditions(
+                        modulation,
+                        prompt_embeds[index // request.num_videos],
+                        request.guidance_scale,
+                        request.dynamic_cfg,
+                        image_latents,
+                    )
+                    count = len(scheduler.timesteps) - scheduler.start
+                    for step in denoise(device, session, scheduler, latents, conditions, generator):
+                        latents = step.latents
+                        advance(1)
+                        yield Step(index, step.index - scheduler.start, count, step.timestep, latents)
+                    finished[index] = latents[:, padding(backend.bundle) :]
+
+        with progress.task("denoise", steps) as advance:
+            yield from share_out((backend, *others), len(generators), work)
+    return np.concatenate([finished[index] for index in range(len(generators))])
+
+
+def _video_count(request: RunRequest) -> int:
+    return request.video_count if request.from_latents is None else len(latents_header(request.from_latents))
+
+
+def _check_task(backend: Backend, request: RunRequest) -> None:
+    """Refuse an image or a video that this model, or this bundle, cannot take, and the lack of one it needs."""
+    manifest = backend.bundle.manifest
+    wants_image = manifest.traits.task == "image-to-video"
+    if wants_image and request.image is None:
+        raise PromptError(f"{manifest.model} makes videos from an image, and none is given", fix="add --image FILE")
+    if not wants_image and request.image is not None:
+        raise PromptError(
+            f"{manifest.model} is a text-to-video model and takes no image",
+            fix="use an image-to-video model (5b-i2v, 1.5-5b-i2v), or leave --image out",
+        )
+    if wants_image and request.video is not None:
+        raise PromptError(
+            f"{manifest.model} starts from an image, not a video", fix="use a text-to-video model, or --image FILE"
+        )
+    if request.video is not None and not backend.bundle.has("vae_encoder"):
+        _refuse_video(backend.bundle)
+
+
+def _refuse_video(bundle: Bundle) -> NoReturn:
+    """Say which shape video-to-video can be done at, and how to come by it."""
+    temporal = bundle.manifest.vae.temporal
+    period = 2 * temporal
+    if bundle.manifest.traits.patch_size_t is None:
+        raise ShapeError(
+            f"{bundle.manifest.model} cannot start from a video: diffusers encodes 8 frames at a time, and each of its "
+            f"latent frames spans {temporal}",
+            fix="leave --video out",
+        )
+    nearest = replace(bundle.shape, frames=max(bundle.shape.frames // period, 1) * period)
+    there = nearest in bundle.shapes
+    raise ShapeError(
+        f"video-to-video cannot be done at {bundle.shape.frames} frames: {bundle.manifest.model} needs "
+        "an even number of latent frames there",
+        fix=f"add --shape {nearest}" if there else f"run: {bundle.export_command((*bundle.shapes, nearest))}",
+    )
+
+
+def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
+    kind = request.scheduler or manifest.scheduler["kind"]
+    config = SchedulerConfig.from_config({**manifest.scheduler["config"], "_class_name": _SCHEDULER_CLASSES[kind]})
+    start = 0
+    if request.video is not None:
+        taken = int(request.steps * request.strength)
+        if taken < 1 <= request.steps:
+            raise CvxError(
+                f"strength {request.strength} of {request.steps} steps leaves no step to take",
+                fix="raise --steps or --strength",
+            )
+        start = max(request.steps - taken, 0)
+    return make_scheduler(kind, config, request.steps, start)
+
+
+_SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+
+
+def _source_pixels(shape: Shape, request: RunRequest, progress: Progress) -> vae.Clip | None:
+    if isinstance(request.image, np.ndarray):
+        return request.image
+    if request.image is not None:
+        return load_image(request.image, shape.height, shape.width)
+    if request.video is None or isinstance(request.video, np.ndarray):
+        return request.video
+    clip = load_video(request.video, shape.frames, shape.height, shape.width)
+    if clip.total_frames is not None and clip.total_frames > shape.frames:
+        progress.note(f"note: {request.video} has {clip.total_frames} frames; the first {shape.frames} are used")
+    return clip.pixels
+
+
+def _prompt_embeds(
+    backend: Backend, request: RunRequest, cache: PromptCache | None, progress: Progress, report: RunReport
+) -> list[NDArray[np.float32]]:
+    """Return for every prompt (1, S, D), or with guidance (2, S, D), negative first."""
+    embeddings, report.cached_prompts = embed(backend, texts(request), cache, progress)
+    positive = request.prompt_embeds
+    if positive is None:
+        positive = np.stack([embeddings[prompt] for prompt in request.prompts])
+    if not request.is_guided:
+        return [embeds[None] for embeds in positive]
+    negative = request.negative_prompt_embeds
+    if negative is None:
+        negative = np.stack([embeddings[request.negative_prompt]] * len(positive))
+    return [np.stack(pair) for pair in zip(negative, positive, strict=True)]
+
+
+def _encoded(
+    backend: Backend,
+    request: RunRequest,
+    pixels: vae.Clip | None,
+    generators: list[NoiseGenerator],
+    progress: Progress,
+) -> list[Latents | None]:
+    """Return for every video the latents of the image or clip it starts from, (1, f, C, H, W), unscaled."""
+    if pixels is None:
+        return [None] * len(generators)
+    half = encoder(backend.bundle.manifest.vae)
+    chunks = vae.count_chunks(backend, half, pixels.shape[2])
+    if request.vae_tiling:
+        chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
+    with progress.task("encode " + ("image" if request.image else "video"), chunks) as advance:
+        posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance)
+    return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
+
+
+def _start(
+    bundle: Bundle,
+    scheduler: Scheduler,
+    generator: NoiseGenerator,
+    encoded: Latents | None,
+    request: RunRequest,
+    index: int,
+) -> tuple[Latents, Latents | None]:
+    """Return the latents that denoising starts from, and the image latents that go along with them."""
+    facts = bundle.manifest.vae
+    scale = np.float32(facts.scaling_factor)
+    shape = latent_shape(bundle)
+    noise = generator.randn if request.latents is None else partial(_given_noise, request.latents[index][None])
+    if encoded is None:
+        return noise(shape), None
+    if request.video is not None:
+        return scheduler.add_noise(scale * encoded, generator.randn(shape), scheduler.start), None
+    image_latents = np.zeros(shape, np.float32)
+    # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
+    image_latents[:, :1] = encoded * (1 / scale if facts.invert_scale_latents else scale)
+    return noise(shape), image_latents
+
+
+def _given_noise(latents: Latents, shape: tuple[int, ...]) -> Latents:
+    """Return noise that was given in place of drawn noise, as diffusers takes its ``latents``."""
+    if latents.shape != shape:
+        raise ShapeError(
+            f"the noise for a video has the shape {latents.shape[1:]}, not {shape[1:]} (F, C, H, W)",
+            fix="give latents of that shape for every video",
+        )
+    return np.array(latents, np.float32)
+
+
+def _decoded(
+    backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport
+) -> Generator[Frames, None, None]:
+    """Yield the frames of every video, as its chunks decode."""
+    manifest = backend.bundle.manifest
+    chunks = vae.count_chunks(backend, DECODER, latents.shape[1]) * len(latents)
+    if request.vae_tiling:
+        chunks *= vae.count_tiles(backend, DECODER, *latents.shape[3:])
+    with progress.task("decode", chunks) as advance:
+        for index, clip in enumerate(latents):
+            # diffusers computes 1 / scale in double and multiplies
+            unscaled = np.float32(1 / manifest.vae.scaling_factor) * clip[None].transpose(0, 2, 1, 3, 4)
+            with closing(vae.decode(backend, unscaled, tiled=request.vae_tiling, advance=advance)) as pieces:
+                start = 0
+                while True:
+                    with report.stage("vae decode"):
+                        piece = next(pieces, None)
+                    if piece is None:
+                        break
+                    frames = _frames(piece)
+                    yield Frames(index, start, frames)
+                    start += len(frames)
+
+
+def _frames(piece: vae.Clip) -> NDArray[np.float32]:
+    """Turn pixels (1, 3, n, H, W) in about [-1, 1] into frames (n, H, W, 3) in [0, 1]."""
+    frames: NDArray[np.float32] = np.clip(piece[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
+    return frames
+
+
+def _write_latents(path: Path, latents: Latents) -> None:
+    with staged_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, latents)
+
+
+def _read_latents(path: Path, bundle: Bundle) -> Latents:
+    array = latents_header(path)
+    _, padded, *rest = latent_shape(bundle)
+    expected = (padded - padding(bundle), *rest)
+    if array.dtype != np.float32 or array.shape[1:] != expected or not len(array):
+        raise ShapeError(
+            f"{path} holds {array.dtype} of shape {array.shape}, not float32 (videos, {', '.join(map(str, expected))})",
+            fix="use latents made with a bundle of this shape",
+        )
+    if not np.isfinite(array).all():
+        raise MediaError(f"{path} holds values that are not finite numbers", fix="make the latents again")
+    return np.array(array)
