@@ -11,20 +11,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import MOST_STEPS, Factor, Positive
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.families.cogvideox.models import Traits
 from cvx_deploy.files import staged_file
 from cvx_deploy.precision import Precision
+from cvx_deploy.reading import check_regular, reading
 from cvx_deploy.shape import Shape
+from cvx_deploy.terminal import safe
 
 SCHEMA_VERSION = 2
 _READ = (1, SCHEMA_VERSION)
 _KEY = "calibration"
+_LARGEST = 1 << 30  # bytes; a full-size model's table has some 20 MB
 _AGAIN = "calibrate again; run: cvx-deploy quantize --help"
 
 
@@ -48,10 +53,10 @@ class Conditions:
     traits: Traits
     shape: Shape
     prompts: str
-    prompt_count: int
-    steps: int
-    observed: tuple[int, ...]
-    guidance_scale: float
+    prompt_count: Positive
+    steps: Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]
+    observed: tuple[Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)], ...]
+    guidance_scale: Factor
     seed: int
     compute: Precision
     tools: dict[str, str]
@@ -92,18 +97,17 @@ class CalibrationTable:
         Raises:
             CalibrationError: There is none, it is damaged, of another schema version, or holds what is no number.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        if not path.is_file():
+        if not path.exists():
             raise CalibrationError(f"there is no calibration table {path}", fix=_AGAIN)
-        try:
-            with safe_open(path, "np") as file:
-                conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
-                names = [name for name in file.keys() if name.endswith(".amax")]  # noqa: SIM118
-                amax = {name.removesuffix(".amax"): file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
-        return cls(conditions, amax)
+        check_regular(path, CalibrationError, fix=_AGAIN, limit=_LARGEST)
+        with reading(path, CalibrationError, fix=_AGAIN), safe_open(path, "np") as file:
+            conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
+            names = [name for name in file.keys() if name.endswith(".amax")]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+            _check_tensors(tensors)
+            return cls(conditions, {name.removesuffix(".amax"): tensor for name, tensor in tensors.items()})
 
     def as_dict(self) -> dict[str, object]:
         """Return how it came to be, and by place the largest value."""
@@ -131,19 +135,28 @@ class CalibrationTable:
             )
 
 
+def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raise ValueError unless there is a whole percentile, and one channel or more, for every place, in float32."""
+    if not any(name.endswith(".amax") for name in tensors):
+        raise ValueError("it holds no ranges")
+    for name, tensor in tensors.items():
+        place, _, kind = name.rpartition(".")
+        if kind not in ("amax", "percentile") or tensor.dtype != np.float32 or tensor.ndim != 1 or not tensor.size:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
+        if f"{place}.percentile" not in tensors:
+            raise ValueError(f"it has no percentile of {place}")
+        if (tensor < 0).any():
+            raise ValueError(f"{name} is negative, and is to be a magnitude")
+
+
 def _conditions(path: Path, text: str | None) -> Conditions:
     if text is None:
         raise CalibrationError(f"{path} is no calibration table: its metadata does not say so", fix=_AGAIN)
-    try:
-        raw = msgspec.json.decode(text)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version not in _READ:
-            raise CalibrationError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN
-            )
-        return replace(msgspec.convert(raw, Conditions), schema_version=SCHEMA_VERSION)
-    except msgspec.DecodeError as error:
-        raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
+    raw = msgspec.json.decode(text)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version not in _READ:
+        raise CalibrationError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN)
+    return replace(msgspec.convert(raw, Conditions), schema_version=SCHEMA_VERSION)
 
 
 def describe(table: CalibrationTable) -> str:
@@ -156,7 +169,10 @@ def describe(table: CalibrationTable) -> str:
             f"{told.prompt_count} prompts at {told.shape}, steps {steps} of {told.steps}, guidance scale "
             f"{told.guidance_scale:g}, seed {told.seed}, computed in {told.compute}",
             f"{len(table.amax)} places; the largest channel over the one in the middle, where it is worst:",
-            *(f"  {place}: {table.amax[place].max():.3g}, {_outlier(table, place):.1f} times" for place in widest),
+            *(
+                f"  {safe(place)}: {table.amax[place].max():.3g}, {_outlier(table, place):.1f} times"
+                for place in widest
+            ),
         ]
     )
 
@@ -173,8 +189,8 @@ def describe_difference(first: CalibrationTable, second: CalibrationTable) -> tu
     ratios = {place: float(second.amax[place].max() / max(first.amax[place].max(), 1e-9)) for place in shared}
     furthest = sorted(ratios, key=lambda place: -abs(np.log(max(ratios[place], 1e-9))))
     lonely = sorted(first.amax.keys() ^ second.amax.keys())
-    lines = [f"{key}: {old} and {new}" for key, (old, new) in differing.items()]
-    lines += [f"only in one: {place}" for place in lonely[:5]]
-    lines += [f"{place}: {ratios[place]:.3f} times" for place in furthest[:5] if ratios[place] != 1]
+    lines = [safe(f"{key}: {old} and {new}") for key, (old, new) in differing.items()]
+    lines += [f"only in one: {safe(place)}" for place in lonely[:5]]
+    lines += [f"{safe(place)}: {ratios[place]:.3f} times" for place in furthest[:5] if ratios[place] != 1]
     values: dict[str, object] = {"conditions": differing, "ratios": ratios, "only_in_one": lonely}
     return values, "\n".join(lines) or "the two tables are the same"

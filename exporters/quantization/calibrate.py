@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from transformers import T5Tokenizer
 
+from cvx_deploy.bounds import LARGEST_FACTOR
 from cvx_deploy.errors import CalibrationError, OutputError
 from cvx_deploy.exporters.quantization.observe import Observations, observed
 from cvx_deploy.exporters.reference.eager import device, eager_network, own_precision
@@ -64,6 +65,8 @@ class CalibrationRequest:
         self.checkpoint.limits.check(self.shape)
         if self.steps < 1:
             raise CalibrationError(f"{self.steps} steps leave nothing to observe", fix="use --steps 10")
+        if not 0 <= self.guidance_scale <= LARGEST_FACTOR:  # a NaN fails this too
+            raise CalibrationError(f"guidance scale {self.guidance_scale}", fix="use --guidance-scale 6")
         if self.image is not None and self.checkpoint.traits.task != "image-to-video":
             raise CalibrationError("this model takes no image", fix="leave --image out")
 

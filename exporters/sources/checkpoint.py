@@ -6,19 +6,20 @@ JSON that give each tensor's dtype, shape and byte range, then the data.
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cvx_deploy.bounds import finite_json
 from cvx_deploy.bundle.safetensors import StoredTensor, read_header
 from cvx_deploy.bundle.schema import WeightFile
-from cvx_deploy.errors import CheckpointError, CvxError, WrongModelError
+from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.sources.carried import CarriedHashes
 from cvx_deploy.families.cogvideox.models import MODELS, Limits, Task, Traits, model_with_traits
 from cvx_deploy.files import sha256_of
+from cvx_deploy.reading import read_whole, reading
 
 PIPELINES: dict[object, Task] = {
     "CogVideoXPipeline": "text-to-video",
@@ -197,10 +198,9 @@ class Checkpoint:
         path = self.place(relative)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", fix="use a checkpoint in diffusers layout, whole")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError) as error:
-            raise CheckpointError(f"{path} is not readable JSON: {error}", fix="fetch the file again") from error
+        raw = read_whole(path, CheckpointError, fix="fetch the file again")
+        with reading(path, CheckpointError, fix="fetch the file again", says="is not readable JSON"):
+            content = finite_json(raw)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds no JSON object", fix="fetch the file again")
         return content
@@ -264,16 +264,9 @@ def sensible_config(folder: Path) -> Iterator[None]:
 
     They raise nearly every built-in exception there is, and some of their own.
     """
-    try:
+    config = f"no network can be built from {folder / 'config.json'}"
+    with reading(config, CheckpointError, fix="fetch the file again", says=""):
         yield
-    except CvxError:
-        raise
-    except Exception as error:
-        told = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"no network can be built from {folder / 'config.json'}: {type(error).__name__}: {told:.200}",
-            fix="fetch the file again",
-        ) from error
 
 
 def _transformer_folder(folder: Path) -> Path:

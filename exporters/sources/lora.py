@@ -18,7 +18,6 @@ Alpha stands in the file's header (``lora_adapter_metadata``), in an ``adapter_c
 ``<layer>.alpha``; where it stands nowhere, alpha is the rank, as in diffusers.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +26,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from cvx_deploy.bounds import finite_json
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.bundle.schema import Lora, WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
@@ -39,6 +39,7 @@ from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.files import sha256_of
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import check_regular, read_whole, reading
 
 MERGED: Final = "transformer.lora.safetensors"
 """The file in the bundle that holds the merged weights."""
@@ -212,18 +213,18 @@ def _pickled(path: Path) -> CheckpointError:
 
 
 def _read_adapter(file: Path, scale: float, tensors: dict[str, StoredTensor]) -> Adapter:
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-            layers, ignored = _layers_of(file, shapes, tensors)
-            _check(file, layers, tensors)
-            config = _config_of(file, metadata)
-            for name, layer in layers.items():
-                alpha = _number(file, opened.get_tensor(layer.keys["alpha"]), name) if "alpha" in layer.keys else None
-                layer.factor = _factor(file, name, layer.shapes["B"][1], scale, alpha, config)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no LoRA that can be read: {error}", fix="fetch the file again") from error
+    fix = "fetch the file again"
+    check_regular(file, CheckpointError, fix=fix)
+    says = "is no LoRA that can be read"
+    with reading(file, CheckpointError, fix=fix, says=says), safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        layers, ignored = _layers_of(file, shapes, tensors)
+        _check(file, layers, tensors)
+        config = _config_of(file, metadata)
+        for name, layer in layers.items():
+            alpha = _number(file, opened.get_tensor(layer.keys["alpha"]), name) if "alpha" in layer.keys else None
+            layer.factor = _factor(file, name, layer.shapes["B"][1], scale, alpha, config)
     return Adapter(Lora(str(file), scale, sha256_of(file)), layers, ignored)
 
 
@@ -324,12 +325,12 @@ def _remedy(layers: dict[str, _Layer]) -> str:
 def _config_of(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """Return an adapter's LoraConfig: from the header, where diffusers puts it, or from the file that PEFT writes."""
     beside = file.with_name("adapter_config.json")
-    try:
+    with reading(f"the LoRA config of {file}", CheckpointError, fix="fetch it again"):
         if "lora_adapter_metadata" in metadata:
-            stored = json.loads(metadata["lora_adapter_metadata"])
+            stored = finite_json(metadata["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in stored.items()}
         elif file.name == _FILES[1] and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = finite_json(read_whole(beside, CheckpointError, fix="fetch it again"))
         else:
             return {}
         if config.get("use_dora"):
@@ -337,8 +338,6 @@ def _config_of(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
                 f"{file} is a DoRA, and only LoRA is merged", fix="fuse it in diffusers and save that"
             )
         return dict(config)
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise CheckpointError(f"the LoRA config of {file} is damaged: {error}", fix="fetch it again") from error
 
 
 def _factor(file: Path, name: str, rank: int, scale: float, alpha: float | None, config: dict[str, Any]) -> float:

@@ -32,6 +32,7 @@ from cvx_deploy.exporters.sources.weights import (
 )
 from cvx_deploy.files import place_file, require_space, staged_directory, sums_of
 from cvx_deploy.progress import Advance, Progress, SilentProgress
+from cvx_deploy.reading import reading
 
 State = dict[str, torch.Tensor]
 
@@ -271,18 +272,16 @@ def _read(path: Path) -> State:
     """Map a SAT file and return its tensors; what is not a tensor, and is not unpickled safely, is refused."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}", fix="name SAT's .pt file")
-    try:
-        content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, or is damaged, and pickles that can run code are never loaded",
-            fix="save its state dict alone, where it is trusted: torch.save(state_dict, FILE)",
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no file that torch.save has written since version 1.6, or is damaged: {error}".splitlines()[0],
-            fix="fetch it again, or save its state dict anew where it is trusted",
-        ) from error
+    again = "fetch it again, or save its state dict anew where it is trusted"
+    says = "is no file that torch.save has written since version 1.6, or is damaged"
+    with reading(path, CheckpointError, fix=again, says=says):
+        try:
+            content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to load it unsafely
+            raise CheckpointError(
+                f"{path} holds more than tensors, or is damaged, and pickles that can run code are never loaded",
+                fix="save its state dict alone, where it is trusted: torch.save(state_dict, FILE)",
+            ) from error
     for wrapper in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -6,6 +6,7 @@ A checkpoint's own ``config.json`` always wins; `MODELS` says which traits a nam
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cvx_deploy.bounds import LONGEST_SIDE, MOST_FRAMES, MOST_PIXELS, check_video
 from cvx_deploy.errors import ShapeError
 from cvx_deploy.shape import Shape
 
@@ -158,6 +159,20 @@ class Limits:
             )
         self._check_size("height", shape.height, self.sample_height)
         self._check_size("width", shape.width, self.sample_width)
+        try:
+            check_video(shape.frames, shape.height, shape.width)
+        except ValueError as error:
+            raise ShapeError(str(error), fix=f"use {self._within_bounds(shape)}") from error
+
+    def _within_bounds(self, shape: "Shape") -> str:
+        """Return the option that makes a shape beyond the bounds smaller."""
+        for axis, size in (("height", shape.height), ("width", shape.width)):
+            if size > LONGEST_SIDE:
+                return f"--{axis} {LONGEST_SIDE // self.spatial * self.spatial}"
+        fitting = min(MOST_FRAMES, MOST_PIXELS // max(shape.height * shape.width, 1)) // self.frame_period
+        if fitting:
+            return f"--frames {fitting * self.frame_period}"
+        return f"--height {LONGEST_SIDE // 4 // self.spatial * self.spatial}"
 
     def _check_size(self, axis: str, size: int, trained: int) -> None:
         if self.fixed_size and size != trained:
