@@ -153,6 +153,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(checkpoint: Path, dam
     assert line.startswith("error: " + what.format(root=checkpoint))
 
 
+@pytest.mark.export
 def test_a_missing_tensor_is_one_clear_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contracts_for = export.contracts_for
     monkeypatch.setattr(export, "contracts_for", lambda *words: contracts_for(*words)[:1])
@@ -673,7 +674,9 @@ def interrupted(announcement: str, number: signal.Signals, *words: object, after
         return signalled(process, number)
 
 
-def test_ctrl_c_during_tracing_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.export
+def test_ctrl_c_during_tracing_leaves_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CVX_CACHE_DIR", str(tmp_path / "cache"))  # nothing is kept there that it could read instead
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / MANIFEST).write_text("an earlier bundle")
     before = content(tmp_path)
