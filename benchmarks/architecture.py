@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cvx_deploy.plan.architecture import Architecture, TextEncoder, Transformer, Vae
+from cvx_deploy.families.cogvideox.architecture import Architecture, TextEncoder, Transformer, Vae
 
 
 def architecture_of(checkpoint: Path) -> Architecture:

@@ -17,11 +17,11 @@ from typing import Any
 
 from report import conditions, write
 
-from cvx_deploy.build.plan_report import describe_plan
-from cvx_deploy.build.store import EngineStore
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.models import MODELS
-from cvx_deploy.plan.memory import build_memory
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.tensorrt.memory import build_memory
+from cvx_deploy.engines.tensorrt.plan_report import describe_plan
+from cvx_deploy.engines.tensorrt.store import EngineStore
+from cvx_deploy.families.cogvideox.models import MODELS
 
 TOOLS = ("tensorrt-rtx-cu13", "onnx", "torch", "diffusers")
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}

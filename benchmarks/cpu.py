@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from report import conditions
 
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.models import Shape
-from cvx_deploy.runtime.cpu import overflows_in_int8
-from cvx_deploy.runtime.open import EngineName, open_backend
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.open import EngineName, open_backend
+from cvx_deploy.measure.cpu import overflows_in_int8
+from cvx_deploy.shape import Shape
 
 Run = Callable[[], NDArray[Any]]
 TOOLS = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
@@ -139,7 +139,7 @@ def make_table(work: Path) -> Path:
 def make_bundle(work: Path, case: Case, peer: Ours) -> Bundle:
     """Return the bundle a peer runs; in a new work folder only, for the graphs may have changed since."""
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-    from cvx_deploy.exporters.quantized import Quantizing
+    from cvx_deploy.exporters.quantization.quantized import Quantizing
 
     precision = peer.precision.replace("/", "-")
     place = work / f"{case.shape}-{precision}{'-plain' if peer.rewrites == () else ''}"
@@ -244,7 +244,7 @@ EAGER: dict[str, Callable[[Path, Case, dict[str, Any], Any], Callable[[], Any]]]
 
 def fits(peer: str, case: Case) -> bool:
     """Tell whether a peer has anything to show: int8 is the transformer's, and some need instructions of the CPU."""
-    from cvx_deploy.runtime.openvino import precisions
+    from cvx_deploy.engines.openvino.backend import precisions
 
     if "int8" in peer:
         return case.role == "transformer" and not (peer.startswith("openvino") and overflows_in_int8())

@@ -21,8 +21,8 @@ import cpu
 import onnxruntime
 from report import conditions, write
 
-from cvx_deploy.report.memory import MemoryWatch
-from cvx_deploy.runtime import ort
+from cvx_deploy.engines.onnxruntime import backend as ort
+from cvx_deploy.measure.memory import MemoryWatch
 
 TOOLS = ("onnxruntime", "numpy")
 CASES = ("transformer-2k", "vae-decoder")

@@ -21,14 +21,14 @@ from architecture import architecture_of
 from msgspec import convert
 from report import conditions, write
 
-from cvx_deploy.build.store import EngineStore
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.models import Shape
-from cvx_deploy.plan.architecture import Architecture
-from cvx_deploy.plan.memory import cpu_peak, gpu_needs
-from cvx_deploy.report.memory import MemoryWatch
-from cvx_deploy.runtime import vae
-from cvx_deploy.runtime.ort import OrtBackend
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+from cvx_deploy.engines.tensorrt.store import EngineStore
+from cvx_deploy.estimate.memory import cpu_peak, gpu_needs
+from cvx_deploy.families.cogvideox.architecture import Architecture
+from cvx_deploy.measure.memory import MemoryWatch
+from cvx_deploy.pipeline import vae
+from cvx_deploy.shape import Shape
 
 TOOLS = ("onnxruntime", "tensorrt-rtx-cu13", "torch", "diffusers", "onnx")
 PROGRAM = (sys.executable, "-m", "cvx_deploy")

@@ -20,20 +20,21 @@ from typing import Any
 import onnx
 from report import conditions, write
 
-from cvx_deploy.build.build import BuildRequest, build
-from cvx_deploy.build.libraries import load_library
-from cvx_deploy.build.plan import CompiledPlan
-from cvx_deploy.build.store import EngineStore
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.tensorrt.build import BuildRequest, build
+from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
+from cvx_deploy.engines.tensorrt.libraries import load_library
+from cvx_deploy.engines.tensorrt.store import EngineStore
 from cvx_deploy.errors import EngineError
-from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
-from cvx_deploy.exporters.checkpoint import Checkpoint
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-from cvx_deploy.exporters.quantized import Quantizing
-from cvx_deploy.exporters.synth import synthesize
+from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
+from cvx_deploy.exporters.quantization.quantized import Quantizing
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
+from cvx_deploy.exporters.sources.synth import synthesize
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.graph.rewrites import REWRITES
-from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.shape import Shape
 
 TOOLS = ("tensorrt-rtx-cu13", "torch", "diffusers", "onnx")
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}

@@ -28,16 +28,18 @@ from score import held_out_examples, score
 from skimage.metrics import structural_similarity
 from world import random_scenes
 
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
-from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, shapes_of
-from cvx_deploy.exporters.quantized import Quantizing
+from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
+from cvx_deploy.exporters.quantization.quantized import Quantizing
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.miniatures import miniature
+from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.run import run
+from cvx_deploy.precision import SCHEMES
 from cvx_deploy.progress import Progress, RichProgress
-from cvx_deploy.quantize.recipe import SCHEMES, Recipe
-from cvx_deploy.runtime.ort import OrtBackend
-from cvx_deploy.runtime.pipeline import RunRequest, run
+from cvx_deploy.quantize.recipe import Recipe
 
 TOOLS = ("onnxruntime", "torch", "torchao", "diffusers", "numpy", "scikit-image")
 PRECISIONS = ("fp32", "int8/fp32", "int8wo/fp32", "int4wo/fp32", "fp8/fp32", "fp8/fp32+attention")

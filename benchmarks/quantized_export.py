@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 from report import conditions, write
 
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.models import MODELS
-from cvx_deploy.plan.architecture import Architecture
-from cvx_deploy.plan.memory import PrecisionName, weight_bytes
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.estimate.memory import PrecisionName, weight_bytes
+from cvx_deploy.families.cogvideox.architecture import Architecture
+from cvx_deploy.families.cogvideox.models import MODELS
 
 TOOLS = ("torch", "torchao", "diffusers", "transformers", "onnx-ir", "onnxscript")
 PROGRAM = (sys.executable, "-m", "cvx_deploy")

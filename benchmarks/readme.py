@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cvx_deploy.report.html import page
-from cvx_deploy.report.markdown import report, summary
-from cvx_deploy.report.results import BenchResults, read_results
+from cvx_deploy.bench.html import page
+from cvx_deploy.bench.markdown import report, summary
+from cvx_deploy.bench.results import BenchResults, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results" / "bench-mini"

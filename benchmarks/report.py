@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cvx_deploy.report.conditions import conditions
+from cvx_deploy.measure.conditions import conditions
 
 __all__ = ["conditions", "write"]
 

@@ -14,12 +14,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from report import conditions, write
 
-from cvx_deploy.bundle import Precision
-from cvx_deploy.exporters.synth_configs import transformer_config
-from cvx_deploy.exporters.trace import graph_from_contract
-from cvx_deploy.exporters.transformer import TransformerContract
+from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
+from cvx_deploy.exporters.sources.synth_configs import transformer_config
+from cvx_deploy.exporters.tracing.trace import graph_from_contract
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.graph.rewrites import rewrite
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.precision import Precision
+from cvx_deploy.shape import Shape
 
 TOOLS = ("torch", "diffusers", "onnx-ir", "onnxscript")
 

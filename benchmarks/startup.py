@@ -19,7 +19,7 @@ from report import conditions, write
 
 TOOLS = ("onnxruntime", "numpy", "av", "tokenizers", "click")
 PROGRAM = (sys.executable, "-m", "cvx_deploy")
-IMPORT = "import cvx_deploy.runtime.pipeline, cvx_deploy.runtime.ort"
+IMPORT = "import cvx_deploy.pipeline.run, cvx_deploy.engines.onnxruntime.backend"
 STAGES = Path(__file__).with_name("startup_stages.py")
 
 Seconds = list[float]

@@ -70,12 +70,13 @@ def main() -> None:
         import json
         from unittest import mock
 
-        from cvx_deploy.bundle import Bundle
+        from cvx_deploy.bundle.opened import Bundle
+        from cvx_deploy.engines.onnxruntime.backend import OrtBackend
         from cvx_deploy.miniatures import miniature
-        from cvx_deploy.runtime import prompts
-        from cvx_deploy.runtime.ort import OrtBackend
-        from cvx_deploy.runtime.pipeline import RunRequest, run
-        from cvx_deploy.runtime.tokenizer import Tokenizer
+        from cvx_deploy.pipeline import prompts
+        from cvx_deploy.pipeline.request import RunRequest
+        from cvx_deploy.pipeline.run import run
+        from cvx_deploy.pipeline.tokenizer import Tokenizer
     with clock.measure("open and check the bundle"):
         backend = OrtBackend(Bundle.open(miniature("mini")))
 

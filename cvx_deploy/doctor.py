@@ -10,15 +10,15 @@ from typing import Any, Literal
 import onnxruntime
 
 from cvx_deploy import __version__
-from cvx_deploy.build.libraries import ENGINE_KINDS, Library, load_library
-from cvx_deploy.build.store import EngineStore, Platform
-from cvx_deploy.bundle import MANIFEST, Bundle
+from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.engines.cuda import CudaPython, Gpu
+from cvx_deploy.engines.open import OPENVINO
+from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, Library, load_library
+from cvx_deploy.engines.tensorrt.store import EngineStore, Platform
 from cvx_deploy.errors import BundleError, CvxError, EngineError
 from cvx_deploy.files import free_space, nearest_folder
+from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.miniatures import MINIATURES, miniature
-from cvx_deploy.runtime.cpu import overflows_in_int8
-from cvx_deploy.runtime.cuda import CudaPython, Gpu
-from cvx_deploy.runtime.open import OPENVINO
 
 _PACKAGES = (
     "onnxruntime",
@@ -155,7 +155,7 @@ def _onnxruntime() -> Iterator[Finding]:
 
 def _openvino() -> Finding:
     try:
-        from cvx_deploy.runtime.openvino import precisions
+        from cvx_deploy.engines.openvino.backend import precisions
     except ImportError as error:
         return Finding("note", "openvino", f"is not installed here ({error})", OPENVINO)
     return Finding("ok", "openvino", f"runs {', '.join(precisions())} bundles on this CPU")

@@ -8,7 +8,7 @@ import pytest
 from cvx_deploy.testing import assert_parity
 
 if TYPE_CHECKING:
-    from cvx_deploy.report.ladder import Parity
+    from cvx_deploy.parity.ladder import Parity
 
 
 class Hold(Protocol):

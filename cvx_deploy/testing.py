@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.reference import Reference
-    from cvx_deploy.models import Shape
-    from cvx_deploy.report.check import CheckRequest
-    from cvx_deploy.report.difference import Video
-    from cvx_deploy.report.ladder import Level, Parity
-    from cvx_deploy.runtime.open import EngineName
+    from cvx_deploy.engines.open import EngineName
+    from cvx_deploy.exporters.reference.checkpoint import Reference
+    from cvx_deploy.measure.difference import Video
+    from cvx_deploy.parity.check import CheckRequest
+    from cvx_deploy.parity.ladder import Level, Parity
+    from cvx_deploy.shape import Shape
 
 
 def assert_parity(
@@ -44,8 +44,8 @@ def assert_parity(
         AssertionError: Naming the first rung that fails, and the layers at which the networks part.
         CvxError: The bundle or the checkpoint cannot be read.
     """
-    from cvx_deploy.exporters.reference import Reference
-    from cvx_deploy.report.check import CheckRequest
+    from cvx_deploy.exporters.reference.checkpoint import Reference
+    from cvx_deploy.parity.check import CheckRequest
 
     reference = Reference(None if checkpoint is None else str(checkpoint), revision, offline)
     request, folder = CheckRequest(engine, level, steps=steps), None if output is None else Path(output)
@@ -59,9 +59,9 @@ def parity(
     bundle: Bundle, reference: "Reference", request: "CheckRequest", progress: Progress, output: Path | None
 ) -> "Parity":
     """Check a bundle, and write the reports and one picture a shape to `output`."""
-    from cvx_deploy.exporters.reference import reference_checkpoint, with_weights
-    from cvx_deploy.report.check import check
-    from cvx_deploy.report.forms import save_frames, write_report
+    from cvx_deploy.exporters.reference.checkpoint import reference_checkpoint, with_weights
+    from cvx_deploy.parity.check import check
+    from cvx_deploy.parity.forms import save_frames, write_report
 
     def show(shape: "Shape", eager: "Video", engine: "Video") -> None:
         if output is not None:

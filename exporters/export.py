@@ -9,36 +9,28 @@ from typing import Any
 import onnx_ir as ir
 
 from cvx_deploy import __version__
-from cvx_deploy.bundle import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    Bundle,
-    Manifest,
-    Network,
-    Precision,
-    ShapeEntry,
-    StoredFile,
-    Vae,
-    WeightFile,
-    may_replace,
-)
+from cvx_deploy.bundle.opened import MANIFEST, Bundle, may_replace
+from cvx_deploy.bundle.schema import SCHEMA_VERSION, Manifest, Network, ShapeEntry, StoredFile, WeightFile
 from cvx_deploy.errors import ShapeError
-from cvx_deploy.exporters.checkpoint import Checkpoint, sensible_config
-from cvx_deploy.exporters.contract import NetworkContract
-from cvx_deploy.exporters.fit import check_fit
-from cvx_deploy.exporters.lora import merge_adapters, read_adapters
-from cvx_deploy.exporters.modulation import ModulationContract
-from cvx_deploy.exporters.quantized import QuantizedComponent, Quantizing, quantize_components
-from cvx_deploy.exporters.text_encoder import TextEncoderContract
-from cvx_deploy.exporters.tokenizer import write_tokenizer_json
-from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
-from cvx_deploy.exporters.transformer import TransformerContract
-from cvx_deploy.exporters.vae import VaeContract
+from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
+from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
+from cvx_deploy.exporters.cogvideox.tokenizer import write_tokenizer_json
+from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
+from cvx_deploy.exporters.cogvideox.vae import VaeContract
+from cvx_deploy.exporters.quantization.quantized import QuantizedComponent, Quantizing, quantize_components
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint, sensible_config
+from cvx_deploy.exporters.sources.fit import check_fit
+from cvx_deploy.exporters.sources.lora import merge_adapters, read_adapters
+from cvx_deploy.exporters.tracing.contract import NetworkContract
+from cvx_deploy.exporters.tracing.trace import onnx_from_contract, weight_location
+from cvx_deploy.families.cogvideox.models import MODELS, model_with_traits
+from cvx_deploy.families.cogvideox.vae import Vae
 from cvx_deploy.files import place_file, sha256_of, staged_directory
-from cvx_deploy.models import MODELS, Shape, model_with_traits
+from cvx_deploy.pipeline.schedulers import SchedulerConfig
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.quantize.recipe import COMPONENTS, Recipe
-from cvx_deploy.runtime.scheduler import SchedulerConfig
+from cvx_deploy.shape import Shape
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 _TOKENIZER = "tokenizer.json"

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import onnx
 
-from cvx_deploy.bundle import Bundle, Lora, Manifest, Network, StoredFile, WeightFile
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.safetensors import StoredTensor, read_header
+from cvx_deploy.bundle.schema import Lora, Manifest, Network, StoredFile, WeightFile
 from cvx_deploy.errors import BundleError
-from cvx_deploy.exporters.checkpoint import StoredTensor, read_header
-from cvx_deploy.exporters.contract import TORCH_DTYPES
-from cvx_deploy.exporters.lora import MERGED, changed_by, read_adapters, write_merged
-from cvx_deploy.exporters.weights import TYPE_NAMES
+from cvx_deploy.exporters.sources.lora import MERGED, changed_by, read_adapters, write_merged
+from cvx_deploy.exporters.sources.weights import TYPE_NAMES
+from cvx_deploy.exporters.tracing.contract import TORCH_DTYPES
 from cvx_deploy.files import place_file, sha256_of
 from cvx_deploy.progress import Progress
 

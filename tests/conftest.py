@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Bundle, Precision
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = (
     "exporters",
     "cvx_deploy/graph",
     "cvx_deploy/quantize",
-    "cvx_deploy/bundle.py",
+    "cvx_deploy/bundle",
+    "cvx_deploy/families",
     "cvx_deploy/files.py",
-    "cvx_deploy/models.py",
+    "cvx_deploy/precision.py",
 )
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum", "torchao")
 
@@ -75,7 +78,7 @@ def inputs_of(bundle: Bundle, role: str) -> dict[str, NDArray[Any]]:
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     """Return the tiny checkpoint of a model; do not change it, copy it."""
-    from cvx_deploy.exporters.synth import synthesize
+    from cvx_deploy.exporters.sources.synth import synthesize
 
     def checkpoint(name: str) -> Path:
         path = _cache() / "checkpoints" / name
@@ -103,8 +106,8 @@ def exported(tiny: Tiny) -> Exported:
 @pytest.fixture(scope="session")
 def table(tiny: Tiny) -> Path:
     """Return a table of the activations of the tiny 5b; do not change it, copy it."""
-    from cvx_deploy.exporters.calibrate import CalibrationRequest, calibrate
-    from cvx_deploy.exporters.checkpoint import Checkpoint
+    from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
+    from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(tiny("5b"))
     shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
@@ -117,7 +120,7 @@ def table(tiny: Tiny) -> Path:
 def quantized(tiny: Tiny, table: Path) -> Quantized:
     """Return the bundle of the tiny 5b in a quantized precision; do not change it, copy it."""
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-    from cvx_deploy.exporters.quantized import Quantizing
+    from cvx_deploy.exporters.quantization.quantized import Quantizing
 
     def bundle(precision: str, **quantizing: Any) -> Bundle:
         how = "".join(f"-{key}{value}" for key, value in quantizing.items())

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cvx_deploy.bundle import MANIFEST
+from cvx_deploy.bundle.opened import MANIFEST
 from cvx_deploy.exporters import export
 from cvx_deploy.files import staged_directory
 from tests.command import TELLING, Outcome, content, cvx, signalled, spawn, wait_for

@@ -14,13 +14,13 @@ import click
 import numpy as np
 import pytest
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.cli import cli
 from cvx_deploy.errors import CvxError
-from cvx_deploy.models import MODELS
+from cvx_deploy.families.cogvideox.models import MODELS
+from tests.bundle.test_bundle import make_bundle
 from tests.command import Outcome, cvx
 from tests.conftest import Exported, Tiny
-from tests.test_bundle import make_bundle
 from tests.untraced import without_tracing
 
 COMMANDS = [
@@ -182,7 +182,7 @@ def test_an_interrupt_exits_with_130_and_is_one_json_object_too(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", interrupted)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", interrupted)
     outcome = cvx("inspect", "--bundle", bundle.path, "--json")
     assert outcome.code == 130
     assert outcome.err.split() == ["interrupted"]
@@ -200,7 +200,7 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", wrapped)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", wrapped)
     outcome = cvx("inspect", "--bundle", bundle.path)
     assert (outcome.code, outcome.out, outcome.err.split()) == (130, "", ["interrupted"])
 
@@ -216,7 +216,7 @@ def test_an_error_of_the_program_itself_is_not_hidden(bundle: Bundle, monkeypatc
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", broken)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", broken)
     with pytest.raises(ZeroDivisionError):
         cvx("inspect", "--bundle", bundle.path)
 
@@ -225,7 +225,7 @@ def test_a_failure_of_several_lines_is_stated_in_one(bundle: Bundle, monkeypatch
     def fail(*_: object) -> None:
         raise CvxError("one\ntwo", fix="three\nfour")
 
-    monkeypatch.setattr("cvx_deploy.inspect.describe", fail)
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", fail)
     assert cvx("inspect", "--bundle", bundle.path).failure() == "error: one two. fix: three four."
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvx_deploy.models import MODELS
+from cvx_deploy.families.cogvideox.models import MODELS
 from tests.command import cvx
 from tests.conftest import ROOT, Exported, Tiny
 from tests.test_docs import COMMAND, FENCED, joined
@@ -28,7 +28,7 @@ LINES = [
 ]
 PARSED_ONLY = {
     r"--engine tensorrt": "needs a GPU",
-    r"someone/|modelscope://": "asks a hub; tests/exporters/test_hub.py and test_checkpoint.py do, of a stub",
+    r"someone/|modelscope://": "asks a hub; tests/exporters/sources/test_hub.py and test_checkpoint.py do, of a stub",
 }
 """What is not run, and why; tests/test_docs.py parses it like all others."""
 NEEDED = (

@@ -8,11 +8,11 @@ import onnxruntime
 import pytest
 
 from cvx_deploy import __version__, doctor
-from cvx_deploy.bundle import Manifest
+from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.doctor import Diagnosis, Finding, diagnose
+from cvx_deploy.engines.cuda import Gpu
 from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import MINIATURES
-from cvx_deploy.runtime.cuda import Gpu
 from tests.command import cvx
 from tests.conftest import Exported
 

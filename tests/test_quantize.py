@@ -123,7 +123,7 @@ def export(tiny: Tiny, precision: str, table: Path, folder: Path, *words: object
 def test_the_last_block_stays_as_it_is_and_the_export_says_so(
     tiny: Tiny, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cvx_deploy.quantize.recipe._BLOCKS_A_SPARED", 3)
+    monkeypatch.setattr("cvx_deploy.families.cogvideox.layers._BLOCKS_A_SPARED", 3)
     without_tracing(monkeypatch)
     words = ("--model", "5b", "--checkpoint", tiny("5b"), "--precision", "int8/fp32", "--calibration", table)
     outcome = cvx("export", *words, "--shape", "9x80x112", "--output", tmp_path / "bundle", "--json")

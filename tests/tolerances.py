@@ -1,6 +1,6 @@
-"""How far results may be apart in tests: limits of `cvx_deploy.report.thresholds`, and those that tests alone need."""
+"""How far results may be apart in tests: limits of `cvx_deploy.measure.thresholds`, and those that tests alone need."""
 
-from cvx_deploy.report.thresholds import THRESHOLDS
+from cvx_deploy.measure.thresholds import THRESHOLDS
 
 NETWORK_RELATIVE = THRESHOLDS["fp32"].relative_max
 """Largest error of one fp32 network over its largest value; every contract states it."""

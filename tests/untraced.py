@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cvx_deploy.bundle import Network
+from cvx_deploy.bundle.schema import Network
 from cvx_deploy.exporters import export
-from cvx_deploy.exporters.checkpoint import Checkpoint
-from cvx_deploy.exporters.contract import NetworkContract
-from cvx_deploy.exporters.quantized import QuantizedComponent
-from cvx_deploy.exporters.trace import weight_location
+from cvx_deploy.exporters.quantization.quantized import QuantizedComponent
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
+from cvx_deploy.exporters.tracing.contract import NetworkContract
+from cvx_deploy.exporters.tracing.trace import weight_location
 
 
 def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.miniatures import miniature
-from cvx_deploy.runtime.ort import OrtBackend
-from cvx_deploy.runtime.pipeline import RunRequest, run
+from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.run import run
 
 PROMPTS = (
     "a red circle moves to the right",

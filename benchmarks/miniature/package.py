@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from cvx_deploy.bundle import MANIFEST, Bundle
+from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.files import staged_directory
 from cvx_deploy.miniatures import MINIATURES, miniature

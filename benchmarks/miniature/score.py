@@ -162,9 +162,10 @@ def videos_from_bundle(
     bundle: Path, captions: list[str], images: NDArray[np.floating] | None, sampling: Sampling
 ) -> NDArray[np.float32]:
     """Make the same videos with a bundle on ONNX Runtime, one at a time."""
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.runtime.ort import OrtBackend
-    from cvx_deploy.runtime.pipeline import RunRequest, run
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+    from cvx_deploy.pipeline.request import RunRequest
+    from cvx_deploy.pipeline.run import run
 
     backend = OrtBackend(Bundle.open(bundle))
     with tempfile.TemporaryDirectory() as scratch:

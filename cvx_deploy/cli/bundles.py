@@ -19,7 +19,7 @@ from cvx_deploy.cli.options import (
 from cvx_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.bundle.opened import Bundle
 
 
 @cli.command()
@@ -37,8 +37,8 @@ def inspect(path: Path, plan: bool, gpu: str | None, progress: Progress) -> Resu
     """
     from dataclasses import asdict
 
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.inspect import describe
+    from cvx_deploy.bundle.inspect import describe
+    from cvx_deploy.bundle.opened import Bundle
 
     if gpu is not None and not plan:
         raise click.UsageError("--gpu needs --plan")
@@ -52,9 +52,9 @@ def inspect(path: Path, plan: bool, gpu: str | None, progress: Progress) -> Resu
 
 def _plans(bundle: "Bundle", gpu: str | None) -> Result:
     """Return the compiled plans of a bundle's engines."""
-    from cvx_deploy.build.gpus import gpu_named
-    from cvx_deploy.build.plan_report import describe_plan, plan_values
-    from cvx_deploy.build.store import EngineStore
+    from cvx_deploy.engines.gpus import gpu_named
+    from cvx_deploy.engines.tensorrt.plan_report import describe_plan, plan_values
+    from cvx_deploy.engines.tensorrt.store import EngineStore
     from cvx_deploy.errors import EngineError
 
     named = None if gpu is None else gpu_named(gpu)
@@ -86,8 +86,8 @@ def verify(path: Path, checkpoint: Path | None, load: bool, quick: bool, progres
       cvx-deploy verify --bundle engines/5b --load --json
     """
     need_export_extra("onnx")
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.verify import verify as verify_bundle
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.parity.verify import verify as verify_bundle
 
     bundle = Bundle.read(path)
     moved = bundle.with_checkpoint(checkpoint) if checkpoint else bundle
@@ -109,8 +109,8 @@ def pack(path: Path, checkpoint: Path | None, output: Path, progress: Progress) 
     Example:
       cvx-deploy pack --model 5b --output 5b.cvx
     """
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.pack import pack as pack_bundle
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.bundle.pack import pack as pack_bundle
 
     size = pack_bundle(Bundle.open(path), output, progress, checkpoint)
     return {"bundle": str(path), "file": str(output), "bytes": size}, str(output)
@@ -131,7 +131,7 @@ def unpack(file: Path, model: str | None, output: Path | None, engines_dir: Path
     """
     if (model is None) == (output is None):
         raise click.UsageError("say where to with --model NAME or --output DIR")
-    from cvx_deploy.pack import unpack as unpack_bundle
+    from cvx_deploy.bundle.pack import unpack as unpack_bundle
 
     bundle = unpack_bundle(file, output or engines_dir / str(model), progress)
     return {"bundle": str(bundle.path), "file": str(file), "model": bundle.manifest.model}, str(bundle.path)

@@ -20,9 +20,10 @@ from cvx_deploy.cli.options import (
     reporting,
     sizes,
 )
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.miniatures import MINIATURES, miniature
-from cvx_deploy.models import MODELS, Shape
 from cvx_deploy.progress import Progress
+from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
     from cvx_deploy.exporters.export import ExportRequest
@@ -48,7 +49,7 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
       cvx-deploy synth --like 5b --scale full --output checkpoints/5b-random
     """
     need_export_extra()
-    from cvx_deploy.exporters.synth import synthesize
+    from cvx_deploy.exporters.sources.synth import synthesize
 
     synthesize(like, scale, output, seed=seed, progress=progress)  # type: ignore[arg-type]
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
@@ -141,8 +142,8 @@ def export(
     from dataclasses import asdict
 
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-    from cvx_deploy.exporters.quantized import Quantizing
-    from cvx_deploy.quantize.layers import excluded_places
+    from cvx_deploy.exporters.quantization.quantized import Quantizing
+    from cvx_deploy.families.cogvideox.layers import excluded_places
 
     quantizing = Quantizing(calibration, calibration_any_shape, excluded_places(exclude), quantize_attention)
     request = ExportRequest(model=model, checkpoint=Path(), shapes=shape, quantizing=quantizing, **options)
@@ -178,7 +179,7 @@ def fetched(request: "ExportRequest", checkpoint: str | None, offline: bool, pro
     from dataclasses import replace
 
     from cvx_deploy.exporters.export import check_request
-    from cvx_deploy.exporters.hub import Source, fetch
+    from cvx_deploy.exporters.sources.hub import Source, fetch
 
     if checkpoint is None and request.model in MINIATURES:
         checkpoint = str(miniature(request.model))
@@ -214,7 +215,7 @@ def convert(transformer: Path | None, vae: Path | None, checkpoint: Path, output
     if transformer is None and vae is None:
         raise click.UsageError("name a file with --transformer or --vae")
     need_export_extra()
-    from cvx_deploy.exporters.sat import checkpoint_from_sat
+    from cvx_deploy.exporters.sources.sat import checkpoint_from_sat
 
     checkpoint_from_sat(transformer, vae, checkpoint, output, progress)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

@@ -7,12 +7,12 @@ import click
 
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import Result, need_export_extra, reference, reporting, shape_of, which_bundle
-from cvx_deploy.models import Shape
+from cvx_deploy.engines.open import ENGINES, EngineName
 from cvx_deploy.progress import Progress
-from cvx_deploy.runtime.open import ENGINES, EngineName
+from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.reference import Reference
+    from cvx_deploy.exporters.reference.checkpoint import Reference
 
 
 @cli.command()
@@ -60,8 +60,8 @@ def check(
       cvx-deploy check --model 5b --engine openvino --level networks --output report
     """
     need_export_extra("torch", "diffusers", "transformers", "onnx", "skimage")
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.report.check import PROMPT, CheckRequest
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.parity.check import PROMPT, CheckRequest
     from cvx_deploy.testing import parity
 
     request = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cvx_deploy.build.libraries import ENGINE_KINDS, EngineKind
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
     LORAS,
@@ -21,20 +20,21 @@ from cvx_deploy.cli.options import (
     verdict_values,
     which_bundle,
 )
+from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, EngineKind
 from cvx_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from cvx_deploy.build.build import Outcome
-    from cvx_deploy.build.gate import Findings
-    from cvx_deploy.build.refit import Refitted
-    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.engines.tensorrt.build import Outcome
+    from cvx_deploy.engines.tensorrt.gate import Findings
+    from cvx_deploy.engines.tensorrt.refit import Refitted
 
 
 def _target(text: str) -> str:
     """Return the compute capability that sm89, or a GPU's name, means."""
     if found := re.fullmatch(r"(?:sm_?)?(\d{2,3})", text.lower()):
         return f"sm{found[1]}"
-    from cvx_deploy.build.gpus import gpu_named
+    from cvx_deploy.engines.gpus import gpu_named
 
     return gpu_named(text).compute_capability
 
@@ -114,11 +114,11 @@ def build(
       cvx-deploy build --model 5b --engine tensorrt-rtx --target sm89 --target sm120
     """
     need_extra("tensorrt-rtx", "onnx", "psutil")
-    from cvx_deploy.build.build import BuildRequest, judged
-    from cvx_deploy.build.build import build as build_engines
-    from cvx_deploy.build.engine import BuildSettings
-    from cvx_deploy.build.libraries import choose_library
-    from cvx_deploy.build.platforms import platform_here
+    from cvx_deploy.engines.tensorrt.build import BuildRequest, judged
+    from cvx_deploy.engines.tensorrt.build import build as build_engines
+    from cvx_deploy.engines.tensorrt.compile import BuildSettings
+    from cvx_deploy.engines.tensorrt.libraries import choose_library
+    from cvx_deploy.engines.tensorrt.platforms import platform_here
 
     bundle = open_bundle(path, checkpoint)
     if engine == "onnxruntime":
@@ -145,8 +145,8 @@ def build(
 
 def _loaded(bundle: "Bundle", progress: Progress) -> Result:
     """Load every network in ONNX Runtime, which runs the graphs as they are."""
-    from cvx_deploy.runtime.ort import OrtBackend
-    from cvx_deploy.verify import verify
+    from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+    from cvx_deploy.parity.verify import verify
 
     OrtBackend(bundle)  # says of what it cannot run fast what to do instead
     found = verify(bundle, progress, load=True, quick=True)
@@ -217,10 +217,10 @@ def refit(
     import functools
     from dataclasses import asdict
 
-    from cvx_deploy.build import refit as refitting
-    from cvx_deploy.build.libraries import load_library
-    from cvx_deploy.build.platforms import platform_here
-    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.engines.tensorrt import refit as refitting
+    from cvx_deploy.engines.tensorrt.libraries import load_library
+    from cvx_deploy.engines.tensorrt.platforms import platform_here
     from cvx_deploy.exporters.rewire import write_with_loras, write_without_loras
 
     bundle = open_bundle(path, checkpoint)

@@ -16,14 +16,15 @@ from cvx_deploy.cli.options import (
     sizes,
     which_bundle,
 )
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.engines.open import ENGINES, EngineName
+from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.measure.baselines import BASELINES
 from cvx_deploy.progress import Progress
-from cvx_deploy.report.baselines import BASELINES
-from cvx_deploy.runtime.open import ENGINES, EngineName
+from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.reference import Reference
-    from cvx_deploy.report.results import BenchResults
+    from cvx_deploy.bench.results import BenchResults
+    from cvx_deploy.exporters.reference.checkpoint import Reference
 
 
 @cli.command()
@@ -80,9 +81,9 @@ def bench(
     if files or fail_on_regression:
         raise click.UsageError("files and --fail-on-regression need --compare")
     need_extra("bench", "psutil", "matplotlib")
-    from cvx_deploy.report.bench import bench as measure
-    from cvx_deploy.report.html import page
-    from cvx_deploy.report.markdown import report
+    from cvx_deploy.bench.bench import bench as measure
+    from cvx_deploy.bench.html import page
+    from cvx_deploy.bench.markdown import report
 
     results = measure(_request(path, engines or ("onnxruntime",), reference, **options), progress)
     places = _write(results, output, {"bench.md": report(results), "bench.html": page(results)})
@@ -104,10 +105,10 @@ def _request(
     prompt: str,
     **video: Any,
 ) -> Any:
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.report.bench import BenchRequest
-    from cvx_deploy.runtime.pipeline import RunRequest
-    from cvx_deploy.runtime.shapes import Wanted, bundle_at
+    from cvx_deploy.bench.bench import BenchRequest
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.pipeline.request import RunRequest
+    from cvx_deploy.pipeline.shapes import Wanted, bundle_at
 
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
     bundle = bundle_at(Bundle.open(path), wanted, None)
@@ -117,8 +118,8 @@ def _request(
 
 def _write(results: "BenchResults", output: Path, texts: dict[str, str]) -> list[str]:
     """Write the three forms of some results, and return where they lie."""
+    from cvx_deploy.bench.results import write_results
     from cvx_deploy.files import staged_file
-    from cvx_deploy.report.results import write_results
 
     output.mkdir(parents=True, exist_ok=True)
     write_results(results, output / "bench.json")
@@ -138,8 +139,8 @@ def _compared(files: tuple[Path, ...], fail: bool) -> Result:
     """Compare results, the first with each of the others."""
     if len(files) < 2:
         raise click.UsageError("--compare needs two files or more: the first is what the others are compared with")
-    from cvx_deploy.report.compare import compare
-    from cvx_deploy.report.results import read_results
+    from cvx_deploy.bench.compare import compare
+    from cvx_deploy.bench.results import read_results
 
     found = compare([(str(file), read_results(file)) for file in files])
     values = found.as_dict()
@@ -181,9 +182,9 @@ def plan(
       cvx-deploy plan --model 5b --vram 12GB
       cvx-deploy plan --model 2b --gpu rtx4090 --frames 25 --json
     """
-    from cvx_deploy.build.gpus import gpu_named
-    from cvx_deploy.plan.compiled import step_seconds
-    from cvx_deploy.plan.plan import plan as plan_model
+    from cvx_deploy.engines.gpus import gpu_named
+    from cvx_deploy.estimate.compiled import step_seconds
+    from cvx_deploy.estimate.estimate import plan as plan_model
 
     named, known = None if gpu is None else gpu_named(gpu), MODELS[model]
     wanted = shape or Shape(frames or known.frames, height or known.height, width or known.width)

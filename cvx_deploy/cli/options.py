@@ -12,12 +12,12 @@ import click
 
 from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import MINIATURES, miniature
-from cvx_deploy.models import Shape
 from cvx_deploy.progress import Progress, RichProgress, SilentProgress
+from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from cvx_deploy.bundle import Bundle
-    from cvx_deploy.verify import Verification
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.parity.verify import Verification
 
 Result = tuple[dict[str, Any], str]
 """What a command returns: the JSON object, and the text that says the same to a person."""
@@ -160,7 +160,7 @@ def reference(command: Command) -> Command:
     @OFFLINE
     @functools.wraps(command)
     def held(*, checkpoint: str | None, revision: str | None, offline: bool, **options: Any) -> Any:
-        from cvx_deploy.exporters.reference import Reference
+        from cvx_deploy.exporters.reference.checkpoint import Reference
 
         return command(reference=Reference(checkpoint, revision, offline), **options)
 
@@ -169,7 +169,7 @@ def reference(command: Command) -> Command:
 
 def open_bundle(path: Path, checkpoint: Path | None) -> "Bundle":
     """Open a bundle whose weights may have moved, as `MOVED_CHECKPOINT` says."""
-    from cvx_deploy.bundle import Bundle
+    from cvx_deploy.bundle.opened import Bundle
 
     bundle = Bundle.open(path)
     return bundle if checkpoint is None else bundle.with_checkpoint(checkpoint)

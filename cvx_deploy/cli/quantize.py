@@ -9,11 +9,12 @@ import click
 from cvx_deploy.cli.checkpoints import fetched
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import ENGINES_DIR, Result, need_export_extra, plain_name, reporting, shape_of
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.progress import Progress
+from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.calibrate import CalibrationRequest
+    from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def _request(
     num_prompts: int | None,
     **options: Any,
 ) -> "CalibrationRequest":
-    from cvx_deploy.exporters.calibrate import CalibrationRequest
-    from cvx_deploy.exporters.checkpoint import Checkpoint
     from cvx_deploy.exporters.export import ExportRequest, check_request
+    from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest
+    from cvx_deploy.exporters.sources.checkpoint import Checkpoint
     from cvx_deploy.quantize.prompts import SHIPPED, read_prompts
 
     words = read_prompts(prompts or SHIPPED, num_prompts)
@@ -122,7 +123,7 @@ def _request(
 
 
 def _calibrated(request: "CalibrationRequest", place: Path, progress: Progress) -> Result:
-    from cvx_deploy.exporters.calibrate import calibrate
+    from cvx_deploy.exporters.quantization.calibrate import calibrate
     from cvx_deploy.quantize.table import describe
 
     table = calibrate(request, place, progress)
@@ -133,7 +134,7 @@ def _calibrated(request: "CalibrationRequest", place: Path, progress: Progress) 
 def _ranked(request: "CalibrationRequest", ranking: _Ranking, place: Path, progress: Progress) -> Result:
     import json
 
-    from cvx_deploy.exporters.sensitivity import check_scheme, draw, sensitivity
+    from cvx_deploy.exporters.quantization.sensitivity import check_scheme, draw, sensitivity
     from cvx_deploy.files import staged_file
     from cvx_deploy.quantize.table import CalibrationTable
 

@@ -9,9 +9,9 @@ import click
 
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.models import Shape
+from cvx_deploy.engines.open import ENGINES, EngineName, compiled, engine_version, on_gpu, open_backend
 from cvx_deploy.progress import Progress
-from cvx_deploy.runtime.open import ENGINES, EngineName, compiled, engine_version, on_gpu, open_backend
+from cvx_deploy.shape import Shape
 
 
 def _devices(text: str) -> tuple[int, ...]:
@@ -96,10 +96,10 @@ def run(
       cvx-deploy run --model 5b-i2v --image panda.png --prompt "the panda waves" --seed 7
       cvx-deploy run --model 5b --engine tensorrt --vram 12GB --prompt "a panda plays guitar"
     """
-    from cvx_deploy.runtime.pipeline import RunRequest, networks_needed
-    from cvx_deploy.runtime.pipeline import run as run_pipeline
-    from cvx_deploy.runtime.prompt_cache import PromptCache
-    from cvx_deploy.runtime.shapes import Wanted, bundle_at
+    from cvx_deploy.pipeline.prompt_cache import PromptCache
+    from cvx_deploy.pipeline.request import RunRequest, networks_needed
+    from cvx_deploy.pipeline.run import run as run_pipeline
+    from cvx_deploy.pipeline.shapes import Wanted, bundle_at
 
     _check_engine(engine, threads, devices, vram, no_cuda_graphs)
     request = RunRequest(output=output, **options)

@@ -14,7 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
-from cvx_deploy.bundle import Network, TensorSpec
+from cvx_deploy.bundle.schema import Network, TensorSpec
 
 _STORED: dict[str, tuple[str, float]] = {
     **{"DOUBLE": ("F64", 8), "FLOAT": ("F32", 4), "FLOAT16": ("F16", 2), "BFLOAT16": ("BF16", 2)},

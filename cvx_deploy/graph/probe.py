@@ -9,7 +9,8 @@ from typing import Any
 
 import onnx
 
-from cvx_deploy.bundle import Bundle, Network, TensorSpec
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.schema import Network, TensorSpec
 
 _BLOCK = re.compile(r"^(.*?\.\d+)[./]")
 _UNSEEN = {"Constant", "Identity", "Shape", "Size", "ConstantOfShape"}

@@ -10,53 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, cast, get_args
 
-from cvx_deploy.bundle import Precision, SchemeName
 from cvx_deploy.errors import RecipeError
+from cvx_deploy.precision import SCHEMES, Precision, SchemeName
 
 Component = Literal["text_encoder", "transformer", "vae"]
 COMPONENTS: Final = get_args(Component)
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to keep linear layers in fewer bits.
-
-    Attributes:
-        weights: The ONNX type of the weights.
-        activations: That of what they are multiplied by; None leaves it as it is.
-        largest: The largest magnitude in that type: scales are a channel's, or a tensor's, largest over it. Of integers
-            it is symmetric (-127 to 127), so that no zero point is needed.
-        group: How many weights along the input share a scale; None for all of an output channel.
-        smooth: Whether outliers are moved from activations into weights first (SmoothQuant, arXiv:2211.10438).
-    """
-
-    weights: str
-    activations: str | None
-    largest: float
-    group: int | None = None
-    smooth: bool = False
-
-
-SCHEMES: Final[Mapping[SchemeName, Scheme]] = {
-    "int8": Scheme("INT8", "INT8", 127, smooth=True),
-    "int8wo": Scheme("INT8", None, 127),
-    "int4wo": Scheme("INT4", None, 7, group=128),
-    "fp8": Scheme("FLOAT8E4M3FN", "FLOAT8E4M3FN", 448),
-}
-"""By name: 8-bit weights and activations, weights only, weights in 4 bits by groups, and E4M3."""
-
-_BLOCKS_A_SPARED: Final = 16
-
-
-def spared_blocks(scheme: SchemeName, blocks: int) -> range:
-    """Return which of the transformer's blocks a scheme leaves as they are, unless other exclusions are asked for.
-
-    They are the last ones, one of 16, where activations are rounded too: what is lost there is never made up for.
-    Fewer blocks than 16 are all quantized: one of them would be too much to leave out. docs/quantization.md has what
-    this was measured on.
-    """
-    count = blocks // _BLOCKS_A_SPARED if SCHEMES[scheme].activations else 0
-    return range(blocks - count, blocks)
 
 
 _TEXT_ENCODER: Final[Mapping[SchemeName, SchemeName]] = {

@@ -16,10 +16,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Precision
 from cvx_deploy.errors import CalibrationError
+from cvx_deploy.families.cogvideox.models import Traits
 from cvx_deploy.files import staged_file
-from cvx_deploy.models import Shape, Traits
+from cvx_deploy.precision import Precision
+from cvx_deploy.shape import Shape
 
 SCHEMA_VERSION = 2
 _READ = (1, SCHEMA_VERSION)

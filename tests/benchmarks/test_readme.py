@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from cvx_deploy.report.results import read_results
+from cvx_deploy.bench.results import read_results
 from tests.conftest import ROOT
 
 

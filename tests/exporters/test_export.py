@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from cvx_deploy.bundle import MANIFEST, Bundle, Precision
+from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.errors import BundleError, CheckpointError, OutputError, ShapeError
-from cvx_deploy.exporters.checkpoint import Checkpoint
-from cvx_deploy.exporters.contract import NetworkContract
+from cvx_deploy.exporters.cogvideox.vae import VaeContract
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, contracts_for, named_contracts, shapes_of
-from cvx_deploy.exporters.synth_configs import (
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
+from cvx_deploy.exporters.sources.synth_configs import (
     Scale,
     model_index,
     scheduler_config,
@@ -24,10 +24,12 @@ from cvx_deploy.exporters.synth_configs import (
     transformer_config,
     vae_config,
 )
-from cvx_deploy.exporters.vae import VaeContract
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.exporters.tracing.contract import NetworkContract
+from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.quantize.recipe import Recipe
+from cvx_deploy.shape import Shape
 from tests.command import content
 from tests.conftest import Tiny
 from tests.untraced import without_tracing

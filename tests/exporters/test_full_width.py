@@ -9,10 +9,10 @@ import pytest
 from diffusers import CogVideoXTransformer3DModel
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-from cvx_deploy.exporters.synth import synthesize
-from cvx_deploy.models import Shape
+from cvx_deploy.exporters.sources.synth import synthesize
+from cvx_deploy.shape import Shape
 from tests.parity.test_networks import (
     Arrays,
     eager_noise,

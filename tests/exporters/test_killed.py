@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cvx_deploy.bundle import Bundle, Precision
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import SilentProgress
 from tests.command import content
 from tests.conftest import Tiny

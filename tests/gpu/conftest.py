@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from cvx_deploy.build.build import BuildRequest, build
-from cvx_deploy.build.engine import BuildSettings
-from cvx_deploy.build.libraries import ENGINE_KINDS, Library, load_library
-from cvx_deploy.build.platforms import platform_here
-from cvx_deploy.build.store import EngineStore
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.cuda import Cuda, CudaPython
+from cvx_deploy.engines.tensorrt.backend import TensorRtBackend
+from cvx_deploy.engines.tensorrt.build import BuildRequest, build
+from cvx_deploy.engines.tensorrt.compile import BuildSettings
+from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, Library, load_library
+from cvx_deploy.engines.tensorrt.platforms import platform_here
+from cvx_deploy.engines.tensorrt.store import EngineStore
 from cvx_deploy.errors import EngineError
 from cvx_deploy.progress import SilentProgress
-from cvx_deploy.runtime.cuda import Cuda, CudaPython
-from cvx_deploy.runtime.trt import TensorRtBackend
 from tests.conftest import Exported
 
 Built = Callable[..., Bundle]

@@ -6,8 +6,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cvx_deploy.runtime.cuda import Cuda
-from cvx_deploy.runtime.ort import OrtBackend
+from cvx_deploy.engines.cuda import Cuda
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from tests.conftest import Exported
 from tests.gpu.test_tensorrt import assert_alike, inputs_of, outputs_of, video
 from tests.tolerances import TF32_RELATIVE

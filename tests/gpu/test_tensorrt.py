@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.runtime import vae
-from cvx_deploy.runtime.backend import Backend
-from cvx_deploy.runtime.ort import OrtBackend
-from cvx_deploy.runtime.pipeline import RunRequest, run
-from cvx_deploy.runtime.trt import TensorRtBackend
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.backend import Backend
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+from cvx_deploy.engines.tensorrt.backend import TensorRtBackend
+from cvx_deploy.pipeline import vae
+from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.run import run
 from tests.gpu.conftest import Built, Opened
 from tests.tolerances import TF32_PSNR, TF32_RELATIVE
 

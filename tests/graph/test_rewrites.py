@@ -8,12 +8,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle import Precision
-from cvx_deploy.exporters.checkpoint import Checkpoint
-from cvx_deploy.exporters.contract import NetworkContract
 from cvx_deploy.exporters.export import ExportRequest, contracts_for, shapes_of
-from cvx_deploy.exporters.trace import onnx_from_contract, weight_location
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
+from cvx_deploy.exporters.tracing.contract import NetworkContract
+from cvx_deploy.exporters.tracing.trace import onnx_from_contract, weight_location
 from cvx_deploy.graph.rewrites import REWRITES, rewrite
+from cvx_deploy.precision import Precision
 from cvx_deploy.quantize.recipe import Recipe
 from tests.conftest import Tiny
 from tests.tolerances import REWRITE_RELATIVE

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cvx_deploy.bundle import Bundle
-from cvx_deploy.exporters.checkpoint import Checkpoint
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.files import sha256_of
 
 

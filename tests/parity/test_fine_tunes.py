@@ -9,7 +9,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from tests.conftest import Exported, Tiny
-from tests.exporters.test_lora import ATTENTION, WIDER, matrices, written
+from tests.exporters.sources.test_lora import ATTENTION, WIDER, matrices, written
 from tests.parity.test_pipelines import Video, assert_same, diffusers, ours
 
 

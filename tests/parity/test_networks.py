@@ -12,13 +12,13 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransf
 from numpy.typing import NDArray
 from transformers import T5EncoderModel
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.errors import EngineError
-from cvx_deploy.exporters.transformer import Grid
-from cvx_deploy.models import Shape
-from cvx_deploy.runtime import vae
-from cvx_deploy.runtime.noise import Generator
-from cvx_deploy.runtime.ort import OrtBackend
+from cvx_deploy.exporters.cogvideox.transformer import Grid
+from cvx_deploy.pipeline import vae
+from cvx_deploy.pipeline.noise import Generator
+from cvx_deploy.shape import Shape
 from tests.conftest import Exported, Tiny
 from tests.parity.corrupt import corrupted
 from tests.tolerances import NETWORK_RELATIVE

@@ -20,12 +20,13 @@ from diffusers import (
 from numpy.typing import NDArray
 from PIL import Image
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-from cvx_deploy.models import Shape
-from cvx_deploy.runtime.ort import OrtBackend
-from cvx_deploy.runtime.pipeline import RunRequest, run
+from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.run import run
+from cvx_deploy.shape import Shape
 from tests.conftest import Exported, Tiny
 from tests.parity.corrupt import corrupted
 from tests.tolerances import PIXELS_ABSOLUTE, PIXELS_PSNR

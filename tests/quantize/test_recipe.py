@@ -3,7 +3,8 @@
 import pytest
 
 from cvx_deploy.errors import RecipeError
-from cvx_deploy.quantize.recipe import Recipe, spared_blocks
+from cvx_deploy.families.cogvideox.layers import spared_blocks
+from cvx_deploy.quantize.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from cvx_deploy.errors import CalibrationError
-from cvx_deploy.models import MODELS, Shape
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.quantize.prompts import SHIPPED, read_prompts
 from cvx_deploy.quantize.table import CalibrationTable, Conditions, describe, describe_difference
+from cvx_deploy.shape import Shape
 
 TRAITS = MODELS["5b"].traits
 CONDITIONS = Conditions(2, "d" * 64, TRAITS, Shape(9, 80, 112), "p" * 64, 2, 4, (0, 2, 3), 6.0, 0, "bf16", {})

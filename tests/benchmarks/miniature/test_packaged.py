@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from world import videos_of
 
-from cvx_deploy.bundle import Bundle
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.progress import SilentProgress

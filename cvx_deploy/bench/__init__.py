@@ -1,0 +1,1 @@
+"""A bundle measured against eager PyTorch, and what shows the results."""

@@ -1,0 +1,264 @@
+"""Engines against eager PyTorch, in interleaved rounds: each peer in its own process, watched from this one."""
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvx_deploy.bench.peers import EagerPeer, EnginePeer, PeerKind, PeerProcess, Work
+from cvx_deploy.bench.results import SCHEMA_VERSION, BenchResults, Peer, Run
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.open import EngineName, on_gpu
+from cvx_deploy.engines.tensorrt.store import EngineStore
+from cvx_deploy.exporters.reference.checkpoint import Reference, recorded_checkpoint, reference_checkpoint
+from cvx_deploy.measure.baselines import BASELINES, IN_WORDS, Baseline
+from cvx_deploy.measure.conditions import conditions
+from cvx_deploy.measure.memory import GpuMeter, MemoryWatch, Sample, during
+from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.timing import LOAD, Trace
+from cvx_deploy.progress import Advance, Progress
+
+_TOOLS = (
+    "cvx-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13", "tensorrt-rtx-cu13", "torch",
+    "torchao", "diffusers", "transformers", "numpy",
+)  # fmt: skip
+_INTERVAL = 0.01
+_IDENTICAL = 150.0  # dB, for a video without any difference
+
+_METHODS = {
+    "seconds": "system's monotonic clock, in the peer's own process; peers take turns, round by round",
+    "load": "networks that a peer loads within each run, as cvx-deploy run does; taken out of the stages that wait",
+    "step": "from the end of a denoising step to the end of the next, so without the first",
+    "first frame": "from the prompt to the first decoded frames on the host",
+    "host memory, resident": f"psutil, of the peer's process, every {_INTERVAL * 1000:.0f} ms; mapped files count",
+    "host memory, private": "resident memory without mapped files, which the system can drop and read again",
+    "PSNR": "of the first video, float32 pixels before encoding, against the reference's of the same seed",
+}
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What is to be measured.
+
+    Attributes:
+        bundle: At the shape that is measured.
+        engines: What runs it.
+        baselines: What it is compared with; those that this machine cannot do are named in the results.
+        reference: Which checkpoint PyTorch runs; without one of its own, the bundle's, as long as that is there.
+        video: One prompt's video; its output is not used.
+        runs: Rounds after the warm-up.
+        note: What else used the machine.
+    """
+
+    bundle: Bundle
+    engines: tuple[EngineName, ...]
+    baselines: tuple[Baseline, ...]
+    reference: Reference
+    video: RunRequest
+    runs: int
+    note: str
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it is a GPU that is measured; baselines run where the engines do."""
+        return any(map(on_gpu, self.engines))
+
+
+def bench(request: BenchRequest, progress: Progress) -> BenchResults:
+    """Measure a bundle on its engines, and the baselines.
+
+    Raises:
+        CvxError: An engine cannot run the bundle, or a peer's process ended.
+    """
+    bundle, checkpoint = request.bundle, _checkpoint(request, progress)
+    baselines, left_out = _baselines(request, checkpoint)
+    kinds: list[PeerKind] = [*baselines, *map(EnginePeer, request.engines)]
+    work = Work(bundle.path, bundle.shape, checkpoint, request.video)
+    told = _conditions(request, gpu := GpuMeter.open() if request.needs_gpu else None)
+    with ExitStack() as stack, progress.task("measure", len(kinds) * (request.runs + 1)) as advance:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        processes = [stack.enter_context(PeerProcess(kind, work)) for kind in kinds]
+        opened = [process.opened() for process in processes]
+        quality = _warm_up(processes, folder, advance)
+        measured = _rounds(request, processes, folder, gpu, advance)
+    peers = [
+        _peer(request, process, seconds, psnr, runs, checkpoint)
+        for process, seconds, psnr, runs in zip(processes, opened, quality, measured, strict=True)
+    ]
+    manifest, methods = (
+        bundle.manifest,
+        _METHODS | ({"GPU memory": gpu.method, "energy a video": _ENERGY} if gpu else {}),
+    )
+    return BenchResults(
+        SCHEMA_VERSION, manifest.model, manifest.precision, str(bundle.shape), told, methods, kinds[0].name, peers,
+        left_out,
+    )  # fmt: skip
+
+
+_ENERGY = "NVML, of the whole GPU, over the run"
+_Measured = tuple[Trace, list[Sample], float | None]
+
+
+def _warm_up(processes: Sequence[PeerProcess], folder: Path, advance: Advance) -> list[float | None]:
+    """Make the video once with each peer, and return how near to the first peer's it is."""
+    quality: list[float | None] = []
+    for process in processes:
+        process.make(folder / f"{process.kind.name}.npy")
+        advance(1)
+        names = (processes[0].kind.name, process.kind.name)
+        reference, video = (np.load(folder / f"{name}.npy").astype(np.float64) for name in names)
+        error = float(np.mean((reference - video) ** 2))
+        psnr = min(-10 * np.log10(error), _IDENTICAL) if error else _IDENTICAL
+        quality.append(round(float(psnr), 2) if quality else None)
+    return quality
+
+
+def _rounds(
+    request: BenchRequest, processes: Sequence[PeerProcess], folder: Path, gpu: GpuMeter | None, advance: Advance
+) -> list[list[_Measured]]:
+    """Run every peer once a round, and return for each what was measured in its runs."""
+    found: list[list[_Measured]] = [[] for _ in processes]
+    for _ in range(request.runs):
+        for process, runs in zip(processes, found, strict=True):
+            before = gpu.joules() if gpu else None
+            with MemoryWatch(process.pid, _INTERVAL, gpu) as watch:
+                trace = process.make(folder / "video.mp4")
+            after = gpu.joules() if gpu else None
+            joules = None if before is None or after is None else after - before
+            runs.append((trace, watch.samples, joules))
+            advance(1)
+    return found
+
+
+def _peer(
+    request: BenchRequest,
+    process: PeerProcess,
+    opened: float,
+    psnr: float | None,
+    measured: list[_Measured],
+    checkpoint: Path | None,
+) -> Peer:
+    trace, samples, _ = measured[-1]
+    build, sizes = _built(request.bundle, process.kind.name, checkpoint)
+    return Peer(
+        name=process.kind.name,
+        what=_words(request, process),
+        open_seconds=round(opened, 3),
+        runs=[_run(*one) for one in measured],
+        memory=[
+            (round(sample.moment - trace.start, 3), sample.resident, sample.private, sample.gpu or 0)
+            for sample in _thinned(samples)
+        ],
+        stage_ends={span.stage: round(span.end - trace.start, 3) for span in trace.spans if span.stage != LOAD},
+        psnr=psnr,
+        build_seconds=build,
+        sizes=sizes,
+    )
+
+
+def _run(trace: Trace, samples: list[Sample], joules: float | None) -> Run:
+    within: dict[str, list[Sample]] = {}
+    for span in trace.spans:
+        if span.stage != LOAD:
+            within.setdefault(span.stage, []).extend(during(samples, span.start, span.end))
+    return Run(
+        seconds=round(trace.end - trace.start, 4),
+        stages={stage: round(seconds, 4) for stage, seconds in trace.stages.items()},
+        steps=[round(seconds, 5) for seconds in trace.step_seconds],
+        first_frame=round(trace.first_frame, 4),
+        resident={stage: max(sample.resident for sample in seen) for stage, seen in within.items()},
+        private={stage: max(sample.private for sample in seen) for stage, seen in within.items()},
+        gpu={
+            stage: max(sample.gpu or 0 for sample in seen)
+            for stage, seen in within.items()
+            if any(sample.gpu is not None for sample in seen)
+        },
+        joules=joules,
+    )
+
+
+def _thinned(samples: list[Sample], most: int = 300) -> list[Sample]:
+    return samples[:: max(len(samples) // most, 1)]
+
+
+def _words(request: BenchRequest, process: PeerProcess) -> str:
+    precision = request.bundle.manifest.precision
+    what = IN_WORDS.get(process.kind.name, "the bundle, a network loaded while its stage lasts")
+    return f"{precision}: {what}"
+
+
+def _built(bundle: Bundle, name: str, checkpoint: Path | None) -> tuple[dict[str, float], dict[str, int]]:
+    """Return what a peer's engines took to build, and what lies on disk for it."""
+    weights = {"weights": sum(entry.size for entry in bundle.manifest.weights.values())}
+    if name not in BASELINES:
+        graphs = sum(network.file.size for network in bundle.manifest.networks.values())
+        records = [record for record in EngineStore(bundle).records() if record.key.kind == name]
+        if records:
+            engines = {"engines": sum(record.file.size for record in records)}
+            return {record.network: round(record.seconds, 1) for record in records}, {"graphs": graphs} | engines
+        return {}, {"graphs": graphs} | weights
+    return {}, {"checkpoint": sum(file.stat().st_size for file in (checkpoint or Path()).glob("*/*.safetensors"))}
+
+
+def _checkpoint(request: BenchRequest, progress: Progress) -> Path | None:
+    """Return where the checkpoint lies, fetched if it has to be; None where the one of the bundle is not there."""
+    bundle, reference = request.bundle, request.reference
+    if reference == Reference() and not recorded_checkpoint(bundle).is_dir():
+        return None
+    return reference_checkpoint(bundle, reference, progress).root
+
+
+def _baselines(request: BenchRequest, checkpoint: Path | None) -> tuple[list[EagerPeer], dict[str, str]]:
+    """Return the baselines that can be measured, and why the others cannot."""
+    reasons = {way: _obstacle(request, way, checkpoint) for way in request.baselines}
+    possible = [EagerPeer(way, request.needs_gpu) for way, reason in reasons.items() if reason is None]
+    return possible, {way: reason for way, reason in reasons.items() if reason is not None}
+
+
+def _obstacle(request: BenchRequest, way: Baseline, checkpoint: Path | None) -> str | None:
+    manifest = request.bundle.manifest
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")):
+        return 'PyTorch and diffusers are not installed: pip install "cvx-deploy[export]"'
+    if checkpoint is None:
+        return f"there is no checkpoint at {manifest.checkpoint}: name it with --checkpoint"
+    if manifest.loras or manifest.transformer is not None:
+        return "the bundle holds a LoRA or a transformer of its own, which the checkpoint does not"
+    if way != "eager" and not request.needs_gpu:
+        return "measured beside engines for GPUs only"
+    if request.needs_gpu and not _torch_has_cuda():
+        return "this PyTorch finds no CUDA GPU"
+    if way in ("int8", "fp8") and importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed: pip install torchao"
+    return None
+
+
+def _torch_has_cuda() -> bool:
+    from cvx_deploy.exporters.reference.baseline import has_cuda
+
+    return has_cuda()
+
+
+def _conditions(request: BenchRequest, gpu: GpuMeter | None) -> dict[str, Any]:
+    video = {
+        key: value
+        for key, value in asdict(request.video).items()
+        if key in ("prompts", "negative_prompt", "steps", "guidance_scale", "seed", "strength")
+    }
+    return conditions(
+        _TOOLS,
+        request.note,
+        gpu=f"{gpu.name}, driver {gpu.driver}" if gpu else "none measured",
+        time=time.strftime("%H:%M:%S %z"),
+        video=video,
+        image=request.video.image is not None,
+        threads="each library's own choice",
+        warm_up_runs=1,
+        runs=request.runs,
+        order="one run of each peer a round; the peers' processes stay open",
+    )

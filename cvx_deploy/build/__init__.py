@@ -1,1 +1,0 @@
-"""ONNX networks to TensorRT engines, and what the compiler made of them."""

@@ -1,0 +1,1 @@
+"""The bundle: one folder that holds everything a run needs. Its manifest, opened and checked, packed and described."""

@@ -1,0 +1,1 @@
+"""What runs networks: one registry, one seam, a folder for each kind of engine."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime: on any CPU, and on a GPU with its CUDA provider."""

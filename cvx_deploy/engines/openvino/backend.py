@@ -1,0 +1,183 @@
+"""The OpenVINO backend: on a CPU the fastest engine, in fp32, and in bf16 where the CPU multiplies matrices of it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.schema import Network
+from cvx_deploy.errors import EngineError
+from cvx_deploy.measure.cpu import overflows_in_int8
+from cvx_deploy.precision import Precision
+from cvx_deploy.progress import Progress, SilentProgress
+
+_CPU = "CPU"
+_HINTS: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_EXACT = frozenset({"modulation"})
+"""Networks that compute in fp32 at any precision: OpenVINO would round angles of up to 999 to 8 bits.
+
+On a tiny 5b the relative error would be 0.29, where it is 0.004.
+"""
+_POLL_MS = 100
+
+_Weights = dict[str, NDArray[np.uint8]]
+
+
+class OpenVinoSession:
+    """One compiled network; its tensors are NumPy arrays, which OpenVINO reads and writes in place."""
+
+    def __init__(self, name: str, network: Network, compiled: openvino.CompiledModel, weights: _Weights) -> None:
+        self._name = name
+        wanted = {spec.name for spec in network.outputs}
+        self._weights = weights  # OpenVINO does not hold on to the maps whose bytes it reads
+        self._outputs = {
+            next(iter(wanted & out.names)): (tuple(out.shape), out.element_type.to_dtype()) for out in compiled.outputs
+        }  # a tensor can have other names besides
+        self._request = compiled.create_infer_request()
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Run the network once; Ctrl-C stops in the middle of it."""
+        # New arrays each time: outputs of the run before must stay as they are.
+        outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in self._outputs.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()} | outputs
+        try:
+            for name, array in arrays.items():
+                self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+            self._request.start_async()
+            self._wait()
+        except RuntimeError as error:
+            again = "export the bundle again; if that does not help, report this"
+            raise EngineError(f"OpenVINO failed in {self._name}: {_reason(error)}", fix=again) from error
+        return outputs
+
+    def _wait(self) -> None:
+        """Wait in short pieces: what waits for long inside OpenVINO hears of no signal."""
+        try:
+            while not self._request.wait_for(_POLL_MS):
+                pass
+        except BaseException:
+            self._request.cancel()
+            with contextlib.suppress(RuntimeError):  # which says that it was cancelled
+                self._request.wait()
+            raise
+
+
+class OpenVinoBackend:
+    """Runs a bundle on the CPU in the bundle's own precision.
+
+    Weights are mapped from where they lie and handed over as memory: they need not lie beside the graph, and are
+    read once, when OpenVINO arranges them for its kernels.
+
+    Args:
+        bundle: What to run.
+        threads: Threads within an operator; None for one per core.
+        progress: Told when a weight file must be hashed again, which takes a while on a large one.
+
+    Raises:
+        EngineError: This CPU does not compute in the bundle's precision.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, progress: Progress | None = None) -> None:
+        self.bundle = bundle
+        self._core = openvino.Core()
+        self._progress = progress or SilentProgress()
+        self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+        for precision in sorted(bundle.manifest.computes_in.difference(precisions())):
+            raise EngineError(
+                f"{bundle.path} computes in {precision}, which this CPU has no instructions for",
+                fix="export with --precision fp32 to run it here",
+            )
+        if "fp8" in bundle.manifest.multiplies_in:
+            raise EngineError(
+                f"{bundle.path} multiplies in fp8, which no CPU can",
+                fix="export with --precision int8/fp32 or fp32, or run it with --engine tensorrt-rtx or tensorrt",
+            )
+        if "int8" in bundle.manifest.multiplies_in and overflows_in_int8():
+            raise EngineError(
+                f"{bundle.path} multiplies in int8, whose sums overflow in OpenVINO on this CPU: it has no VNNI",
+                fix="run it with --engine onnxruntime, or export with --precision int8wo/fp32 or fp32",
+            )
+
+    @contextlib.contextmanager
+    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OpenVinoSession]:
+        """Load a network for the block; see `Backend.load`."""
+        described = self.bundle.network(role)
+        try:
+            model, weights = self._model(role)
+            compiled = self._compiled(model, role, described, dict(sizes))
+        except RuntimeError as error:
+            again = "export the bundle again with this version of cvx-deploy, or run it with --engine onnxruntime"
+            raise EngineError(f"OpenVINO cannot load {role}: {_reason(error)}", fix=again) from error
+        yield OpenVinoSession(role, described, compiled, weights)
+
+    def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return the values: the device is the host."""
+        return array
+
+    def to_host(self, tensor: NDArray[Any]) -> NDArray[Any]:
+        """Return the tensor's values."""
+        return tensor
+
+    def _compiled(self, model: openvino.Model, role: str, described: Network, sizes: dict[str, int]) -> Any:
+        model.reshape({spec.name: list(spec.resolve(sizes)) for spec in described.inputs})
+        precision: Precision = "fp32" if role in _EXACT else described.precision
+        settings = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],  # by default it is bf16 wherever the CPU is fast in it
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # or it quantizes activations where the graph does not
+            "PERFORMANCE_HINT": "LATENCY",  # all threads for the one run there is
+            **self._threads,
+        }
+        return self._core.compile_model(model, _CPU, settings)
+
+    def _model(self, role: str) -> tuple[openvino.Model, _Weights]:
+        """Read a graph, with its weights as inputs at first, which then become constants over the mapped bytes.
+
+        Left to itself OpenVINO copies each weight when it reads a graph from memory, and for a graph on disk it wants
+        the weights in the folder of the graph.
+        """
+        import onnx
+
+        from cvx_deploy.engines.weights import mapped_weights
+
+        proto = onnx.ModelProto.FromString(self.bundle.onnx_path(role).read_bytes())
+        weights = mapped_weights(self.bundle, self.bundle.network_name(role), proto.graph, self._progress)
+        for stored in _take_external(proto.graph):
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))
+        model = self._core.read_model(proto.SerializeToString())
+        for parameter in model.get_parameters():
+            stored_bytes = weights.get(parameter.output(0).any_name)
+            if stored_bytes is not None:
+                parameter.output(0).replace(_constant(parameter, stored_bytes).output(0))
+                model.remove_parameter(parameter)
+        return model, weights
+
+
+def precisions() -> list[Precision]:
+    """Return what this CPU computes in."""
+    known = openvino.Core().get_property(_CPU, "OPTIMIZATION_CAPABILITIES")
+    return [precision for precision in _HINTS if precision.upper() in known]
+
+
+def _take_external(graph: Any) -> list[Any]:
+    """Take the initializers out of an ONNX graph whose bytes lie elsewhere, and return them."""
+    external = [tensor for tensor in graph.initializer if tensor.external_data]
+    for tensor in external:
+        graph.initializer.remove(tensor)
+    return external
+
+
+def _constant(parameter: Any, stored: NDArray[np.uint8]) -> Any:
+    """Return a constant of a parameter's type and shape over bytes that stay where they are."""
+    kind, shape = parameter.get_element_type(), parameter.output(0).shape
+    return openvino.op.Constant(openvino.Tensor(stored, shape, kind), shared_memory=True)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what OpenVINO says went wrong, without the places in its sources that come before."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (told or lines or ["it did not say why"])[-1]

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT for RTX: networks compiled, judged, kept and run."""

@@ -1,0 +1,1 @@
+"""Whether a bundle computes what diffusers computes, and whether it is sound."""

@@ -1,0 +1,97 @@
+"""What a run is to make, and the networks that it needs."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.errors import CvxError, OutputError, PromptError
+from cvx_deploy.families.cogvideox import vae
+from cvx_deploy.families.cogvideox.models import SchedulerKind
+from cvx_deploy.pipeline.prompt_cache import PromptCache
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to make.
+
+    Video k of the run has prompt ``prompts[k // num_videos]`` and seed ``seed + k``, so that it can be made alone
+    again.
+
+    Attributes:
+        prompts: One or more.
+        output: A file (.mp4, .webm, .gif, .npy), or a folder for PNG frames (a string that ends in a slash is one).
+        negative_prompt: What guidance leads away from.
+        image: The first frame, for image-to-video models.
+        video: A clip to start from, for text-to-video models, with `strength` in (0, 1]: how much of it is remade.
+        guidance_scale: At most 1 turns guidance off, and halves the work.
+        dynamic_cfg: Whether the guidance scale changes over the steps, as diffusers' ``use_dynamic_cfg``.
+        scheduler: None for the checkpoint's own.
+        num_videos: Videos a prompt.
+        vae_tiling: Whether the VAE works tile by tile, as diffusers' ``enable_tiling``: less memory, other pixels.
+        save_latents: Where to keep the finished latents, ``.npy``, float32 (videos, F, C, H, W).
+        from_latents: Finished latents to decode; nothing is denoised.
+        contact_sheet: Where to put a picture of some frames of each video, ``.png``.
+    """
+
+    prompts: tuple[str, ...]
+    output: Path | str
+    negative_prompt: str = ""
+    image: Path | None = None
+    video: Path | None = None
+    strength: float = 0.8
+    steps: int = 50
+    guidance_scale: float = 6.0
+    dynamic_cfg: bool = False
+    scheduler: SchedulerKind | None = None
+    seed: int = 0
+    num_videos: int = 1
+    vae_tiling: bool = False
+    save_latents: Path | None = None
+    from_latents: Path | None = None
+    contact_sheet: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts and self.from_latents is None:
+            raise PromptError("there is no prompt", fix="give at least one with --prompt TEXT")
+        if not 0 < self.strength <= 1:
+            raise CvxError(f"strength {self.strength} is not above 0 and at most 1", fix="use --strength 0.8")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise CvxError(f"guidance scale {self.guidance_scale}", fix="use --guidance-scale 6, or 1 for no guidance")
+        if self.num_videos < 1:
+            raise CvxError(f"{self.num_videos} videos a prompt", fix="use --num-videos 1 or more")
+        if self.image is not None and self.video is not None:
+            raise PromptError("both an image and a video are given", fix="give one of --image and --video")
+        if self.save_latents is not None and self.save_latents.suffix != ".npy":
+            raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
+        if self.contact_sheet is not None and self.contact_sheet.suffix != ".png":
+            raise OutputError(f"{self.contact_sheet} is not a .png file", fix="use --contact-sheet FILE.png")
+        if self.save_latents is not None and self.save_latents.absolute() == Path(self.output).absolute():
+            raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
+
+
+def networks_needed(
+    bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None
+) -> list[tuple[str, dict[str, int]]]:
+    """Return the role and the sizes of every network that a run loads, so that one that is missing is known at once."""
+    vae_facts, shape = bundle.manifest.vae, bundle.shape
+    halves = [vae.DECODER]
+    needed: list[tuple[str, dict[str, int]]] = []
+    if request.from_latents is None:
+        every = texts(request)
+        if prompt_cache is None or len(prompt_cache.read(every)) < len(every):
+            needed.append(("text_encoder", {"batch": 1}))
+        needed += [("modulation", {}), ("transformer", {"batch": 2 if request.guidance_scale > 1 else 1})]
+        if request.image is not None or request.video is not None:
+            halves.append(vae.encoder(vae_facts))
+    for half in halves:
+        planes = vae.planes(vae_facts, half, shape, tiled=request.vae_tiling)
+        for role in filter(bundle.has, (half.first, half.following)):
+            needed += [(role, {"latent_height": height, "latent_width": width}) for height, width in planes]
+    return needed
+
+
+def texts(request: RunRequest) -> list[str]:
+    """Return what is to be encoded, each text once: with guidance the negative prompt, too."""
+    guided = request.guidance_scale > 1
+    return list(dict.fromkeys((*((request.negative_prompt,) if guided else ()), *request.prompts)))

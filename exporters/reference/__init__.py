@@ -1,0 +1,1 @@
+"""Eager PyTorch: what parity and benchmarks hold engines against."""

@@ -1,0 +1,83 @@
+"""The benchmark, on the miniature: peers make the same video, and what it took is written in three forms."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cvx_deploy.bench.results import BenchResults, read_results
+from tests.command import Outcome, cvx
+from tests.tolerances import PIXELS_PSNR
+
+WORDS = ("bench", "--model", "mini", "--steps", 3, "--runs", 2, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Outcome:
+    return cvx(*WORDS, "--engine", "onnxruntime", "--output", folder, "--json")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, outcome: Outcome) -> BenchResults:
+    assert outcome.code == 0, outcome
+    return read_results(folder / "bench.json")
+
+
+def test_results_are_on_stdout_and_in_three_files(folder: Path, found: BenchResults, outcome: Outcome) -> None:
+    told = json.loads(outcome.out)
+    assert told["files"] == [str(folder / name) for name in ("bench.json", "bench.md", "bench.html")]
+    assert all(Path(name).stat().st_size for name in told["files"])
+    assert [peer["name"] for peer in told["peers"]] == [peer.name for peer in found.peers] == ["eager", "onnxruntime"]
+
+
+def test_engine_makes_the_video_that_eager_makes(found: BenchResults) -> None:
+    assert found.peers[0].psnr is None
+    assert found.peers[1].psnr is not None
+    assert found.peers[1].psnr > PIXELS_PSNR
+
+
+def test_stages_add_up_to_the_whole(found: BenchResults) -> None:
+    for peer in found.peers:
+        assert len(peer.runs) == 2
+        for run in peer.runs:
+            assert 0.8 * run.seconds < sum(run.stages.values()) <= run.seconds
+            assert len(run.steps) == 2
+            assert 0 < run.first_frame < run.seconds
+            assert {"text encoder", "transformer", "vae decode", "write video"} <= run.stages.keys()
+
+
+def test_only_the_engine_loads_within_a_run(found: BenchResults) -> None:
+    eager, engine = found.peers
+    assert "load" not in eager.runs[0].stages
+    assert engine.runs[0].stages["load"] > 0
+
+
+def test_memory_is_that_of_the_peers_own_process(found: BenchResults) -> None:
+    eager, engine = found.peers
+    assert max(engine.runs[0].resident.values()) < max(eager.runs[0].resident.values())
+    assert all(sample[1] >= sample[2] > 0 for sample in engine.memory)
+
+
+def test_what_cannot_be_measured_without_a_gpu_is_named(found: BenchResults) -> None:
+    assert set(found.not_measured) == {"compile", "int8", "fp8"}
+
+
+def test_conditions_are_complete(found: BenchResults) -> None:
+    told = found.conditions
+    assert {"cpu", "cores", "memory_bytes", "python", "versions", "video", "runs", "warm_up_runs"} <= told.keys()
+    assert told["video"]["seed"] == 0
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    assert "model_index.json" in cvx(*WORDS, "--checkpoint", tmp_path, "--output", tmp_path).failure()
+
+
+def test_an_engine_that_cannot_run_the_bundle_ends_the_benchmark(tmp_path: Path) -> None:
+    failed = cvx(*WORDS, "--engine", "tensorrt-rtx", "--output", tmp_path)
+    assert "tensorrt-rtx: " in failed.failure()
+    assert not list(tmp_path.iterdir())
