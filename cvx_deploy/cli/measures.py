@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import (
-    ENGINES_DIR,
-    Result,
-    bytes_of,
-    need_extra,
-    reference,
-    reporting,
-    sizes,
-    which_bundle,
-)
+from cvx_deploy.cli.options import ENGINES_DIR, Result, bytes_of, need_extra, reference, reporting, sizes, which_bundle
 from cvx_deploy.engines.registry import ENGINES
 from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.families.cogvideox.models import MODELS

@@ -17,7 +17,6 @@ from cvx_deploy.bundle.safetensors import StoredTensor, read_header
 from cvx_deploy.bundle.schema import WeightFile
 from cvx_deploy.errors import CheckpointError, CvxError, WrongModelError
 from cvx_deploy.exporters.sources.carried import CarriedHashes
-from cvx_deploy.exporters.sources.configs import CLASSES, class_in_index, filled_config, other_class
 from cvx_deploy.families.cogvideox.models import MODELS, Limits, Task, Traits, model_with_traits
 from cvx_deploy.files import sha256_of
 
@@ -208,6 +207,8 @@ class Checkpoint:
 
     def _configs(self) -> dict[str, dict[str, Any]]:
         """Return the config of every component as the class that ``model_index.json`` gives it reads it."""
+        from cvx_deploy.exporters.sources.configs import CLASSES, class_in_index, filled_config, other_class
+
         index, configs = self._json("model_index.json"), {}
         for component in CLASSES:
             class_name = class_in_index(index, component, self.place("model_index.json"))

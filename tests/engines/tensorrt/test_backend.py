@@ -1,6 +1,7 @@
 """The TensorRT backend, up to the driver: a fake driver and a fake library, whose engines compute with ONNX Runtime."""
 
 import functools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -315,13 +316,18 @@ def test_out_of_memory_anywhere_is_stated_and_leaves_nothing(
 def test_what_an_out_of_memory_error_advises_helps(
     mini: Bundle, make: Make, expected: NDArray[np.float32], tmp_path: Path
 ) -> None:
-    cuda = FakeCuda(max(phase_bytes(mini)) - 1)
+    large = {"weights": 200_000, "activations": 9_000, "streamable": 190_000, "scratch": 1_000}
+    facts = FACTS | {"transformer": large}
+    cuda = FakeCuda(bytes_of(mini, "vae_decoder_first", 1) + 41_000)
     with (
-        pytest.raises(OutOfMemoryError, match=r"run with --vram") as raised,
-        make(mini, cuda, facts=FACTS, vram=10**9) as backend,
+        pytest.raises(OutOfMemoryError, match=r"does not fit") as raised,
+        make(mini, cuda, facts=facts, vram=10**9) as backend,
     ):
         video(backend, tmp_path)
-    assert "one phase" in raised.value.fix
+    advised = re.search(r"run with --vram ([\d.]+)kB", raised.value.fix)
+    assert advised is not None
+    with make(mini, cuda, facts=facts, vram=int(float(advised[1]) * 1000)) as backend:
+        assert np.array_equal(video(backend, tmp_path), expected)
     cuda.assert_clean()
 
 
