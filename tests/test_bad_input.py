@@ -129,6 +129,14 @@ DAMAGED_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
         "{root}/tokenizer/tokenizer_config.json is missing",
     ),
     "a cut tokenizer": (lambda root: cut(root / "tokenizer/spiece.model"), "{root}/tokenizer is damaged"),
+    "a text encoder with too few rows": (
+        lambda root: edit(root / "text_encoder/config.json", lambda config: config.update(vocab_size=549)),
+        "{root}/tokenizer has 550 tokens, and vocab_size of the text encoder is 549, which must be no less",
+    ),
+    "components that do not fit": (
+        lambda root: edit(root / "text_encoder/config.json", lambda config: config.update(d_model=7)),
+        "{root}: text_embed_dim of the transformer is ",
+    ),
     "another pipeline": (
         lambda root: edit(root / "model_index.json", lambda index: index.update(_class_name="FluxPipeline")),
         "{root} holds FluxPipeline, not a CogVideoX pipeline. fix: use a checkpoint of one of 2b, 5b, ",
