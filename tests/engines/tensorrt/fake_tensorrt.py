@@ -92,6 +92,12 @@ class _Stat(enum.Enum):
     TOTAL_WEIGHTS_SIZE = 0
 
 
+class _Capability(enum.IntEnum):
+    CURRENT = 1
+    SM89 = 89
+    SM120 = 120
+
+
 class _Runtime:
     def __init__(self, cuda: FakeCuda, networks: "Networks", logger: Any) -> None:
         self._cuda, self._networks, self._logger = cuda, networks, logger
@@ -190,7 +196,7 @@ class _Engine:
     def create_runtime_config(self) -> "_Config":
         return _Config()
 
-    def create_execution_context(self, how: Any) -> "_Context":
+    def create_execution_context(self, how: Any) -> "Context":
         if (how.strategy if isinstance(how, _Config) else how) is not _Strategy.USER_MANAGED:
             raise MisuseError("a context allocates for itself")
         if self.facts.streamable and self._budget is None:
@@ -199,7 +205,7 @@ class _Engine:
             self._hold(self._budget)
         if isinstance(how, _Config) and how.cache is not None:
             how.cache.add(self.facts.role)
-        return _Context(self)
+        return Context(self)
 
     @property
     def memory(self) -> tuple[Allocation, ...]:
@@ -209,21 +215,21 @@ class _Engine:
 class _Config:
     def __init__(self) -> None:
         self.strategy = _Strategy.STATIC
-        self.cache: _Cache | None = None
+        self.cache: Cache | None = None
         self.dynamic_shapes_kernel_specialization_strategy = _Specialization.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: _Strategy) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> "_Cache":
-        return _Cache()
+    def create_runtime_cache(self) -> "Cache":
+        return Cache()
 
-    def set_runtime_cache(self, cache: "_Cache") -> bool:
+    def set_runtime_cache(self, cache: "Cache") -> bool:
         self.cache = cache
         return True
 
 
-class _Cache:
+class Cache:
     """The kernels that are compiled, by name; one that was read again is not compiled."""
 
     compiled: list[str] = []  # noqa: RUF012  # of all caches, for the tests
@@ -253,7 +259,9 @@ class _Alive:
     yes = True
 
 
-class _Context:
+class Context:
+    """An execution context, whose runs ONNX Runtime computes."""
+
     def __init__(self, engine: _Engine) -> None:
         self._engine, self._alive = engine, _Alive()
         self._specs = {spec.name: spec for spec in engine.described.inputs}
@@ -344,6 +352,7 @@ def fake_library(cuda: FakeCuda, networks: Networks, kind: EngineKind = "tensorr
     """Return a library whose engines compute a bundle's networks on a fake driver."""
     module: Any = ModuleType("fake_tensorrt")
     module.ILogger, module.IStreamReaderV2, module.SeekPosition = _Logger, _Reader, _SeekPosition
+    module.ComputeCapability = _Capability
     module.ExecutionContextAllocationStrategy, module.EngineStat = _Strategy, _Stat
     module.DynamicShapesKernelSpecializationStrategy = _Specialization
     module.Runtime = lambda logger: _Runtime(cuda, networks, logger)
@@ -352,5 +361,5 @@ def fake_library(cuda: FakeCuda, networks: Networks, kind: EngineKind = "tensorr
 
 def compiled_kernels() -> list[str]:
     """Return the list that every kernel compiled from now on is added to."""
-    _Cache.compiled = []
-    return _Cache.compiled
+    Cache.compiled = []
+    return Cache.compiled

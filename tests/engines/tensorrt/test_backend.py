@@ -28,6 +28,7 @@ from cvx_deploy.pipeline.run import run
 from cvx_deploy.progress import SilentProgress
 from tests.conftest import Exported
 from tests.engines.fake_cuda import FakeCuda, MisuseError
+from tests.engines.tensorrt import fake_tensorrt
 from tests.engines.tensorrt.fake_tensorrt import EngineFacts, FakeStore, Networks, compiled_kernels, fake_library
 
 PROMPT = "a red circle moves to the right"
@@ -379,6 +380,48 @@ def test_a_damaged_or_foreign_engine_is_stated(damage: bytes, mini: Bundle, make
         backend.load(*TRANSFORMER),
     ):
         pass
+    cuda.assert_clean()
+
+
+def test_a_run_that_raises_while_it_is_captured_leaves_no_stream_capturing(
+    mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda()
+    execute = fake_tensorrt.Context.execute_async_v3
+
+    def interrupted(context: Any, stream: int) -> bool:
+        if cuda.capturing:
+            raise KeyboardInterrupt
+        return execute(context, stream)
+
+    monkeypatch.setattr(fake_tensorrt.Context, "execute_async_v3", interrupted)
+    with make(mini, cuda) as backend, backend.load(*TRANSFORMER) as session:
+        session.run(transformer_inputs(mini))
+        with pytest.raises(KeyboardInterrupt):
+            session.run(transformer_inputs(mini))
+        assert not cuda.capturing
+        monkeypatch.setattr(fake_tensorrt.Context, "execute_async_v3", execute)
+        session.run(transformer_inputs(mini))
+    cuda.assert_clean()
+
+
+def test_kernels_that_cannot_be_kept_do_not_hide_what_went_wrong(
+    mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fake_tensorrt.Cache, "serialize", lambda _: None)
+    cuda = FakeCuda()
+    error = pytest.raises(ValueError, match="the first error")
+    with error, make(mini, cuda) as backend, backend.load(*TRANSFORMER):
+        raise ValueError("the first error")
+    assert not (tmp_path / "transformer.sm89.kernels").exists()
+    cuda.assert_clean()
+
+
+def test_the_library_for_rtx_cards_says_at_once_that_it_does_not_run_on_a_hopper(mini: Bundle, make: Make) -> None:
+    cuda = FakeCuda(gpu="sm90")
+    with pytest.raises(EngineError, match=r"does not run on sm90 \(Hopper\)"):
+        make(mini, cuda)
+    make(mini, cuda, kind="tensorrt").close()
     cuda.assert_clean()
 
 
