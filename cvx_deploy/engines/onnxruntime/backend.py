@@ -16,8 +16,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
+from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.errors import EngineError, OutOfMemoryError
-from cvx_deploy.graph.tiled_attention import attend_in_tiles, holds_large_scores
 from cvx_deploy.progress import Progress, SilentProgress
 
 _ERRORS = (
@@ -107,10 +107,10 @@ class OrtBackend:
     def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OrtSession]:
         """Load a network for the block; see `Backend.load`."""
         described = self.bundle.network(role)
-        graph = self.bundle.onnx_path(role).read_bytes()
-        if not self._memory.on_gpu and holds_large_scores(described, dict(sizes)):
-            graph = attend_in_tiles(graph)
-        options = self._options(described, dict(sizes))
+        stored = self.bundle.onnx_path(role).read_bytes()
+        on_gpu = self._memory.on_gpu
+        graph = graph_for_cuda(stored, described) if on_gpu else graph_for_cpu(stored, described, sizes)
+        options = self._options(role, dict(sizes))
         if self._optimized is not None:
             _keep_graph(options, self._optimized / f"{role}.onnx")
         providers = self._memory.providers
@@ -152,11 +152,13 @@ class OrtBackend:
             every = sum(len(nodes) for _, nodes in assigned)
             self._progress.note(f"note: the CPU runs {here.total()} of the {every} operators of {role}: {kinds}")
 
-    def _options(self, network: Network, sizes: dict[str, int]) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
+    def _options(self, role: str, sizes: dict[str, int]) -> onnxruntime.SessionOptions:
+        network, options = self.bundle.network(role), onnxruntime.SessionOptions()
         options.log_severity_level = 3  # what fails is raised; warnings about the graph say nothing to a user
         if self._memory.on_gpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if self._memory.on_gpu or role.startswith("vae"):
+            options.enable_mem_pattern = False  # one block for a whole run, laid out once: larger than what is needed
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if network.quantization is not None:

@@ -35,6 +35,7 @@ class FakeOnnxRuntime:
     Attributes:
         events: What happened, in order.
         providers: What sessions were asked to run on.
+        graphs: The ONNX files that sessions were made of, and `patterns` whether each lays its memory out beforehand.
         failures: What to raise, by what is asked: load, upload, run.
         on_cpu: The kinds of operators that are left to the CPU.
         usable: Whether sessions get the CUDA provider that they ask for.
@@ -44,6 +45,8 @@ class FakeOnnxRuntime:
         self.device = device
         self.events: list[Event] = []
         self.providers: list[Any] = []
+        self.graphs: list[bytes] = []
+        self.patterns: list[bool] = []
         self.failures: dict[str, Exception] = {}
         self.on_cpu: set[str] = set()
         self.usable = True
@@ -114,6 +117,8 @@ class _Session:
     ) -> None:
         assert enable_fallback == 0, "it would go on without the GPU"
         self.runtime.providers.append(providers)
+        self.runtime.graphs.append(graph)
+        self.runtime.patterns.append(options.enable_mem_pattern)
         self.runtime.happened("load")
         self._told = options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
         self._real = _InferenceSession(

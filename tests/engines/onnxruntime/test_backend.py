@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend, OrtSession
+from cvx_deploy.engines.onnxruntime.graphs import graph_for_cuda
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline import vae
@@ -128,6 +130,34 @@ def test_the_cuda_provider_is_asked_for_with_its_device(fake: FakeOnnxRuntime, m
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "0",
     }
+
+
+def operators(graph: bytes) -> set[str]:
+    return {node.op_type for node in onnx.ModelProto.FromString(graph).graph.node}
+
+
+def test_a_gpu_is_given_whole_norms_and_no_memory_laid_out_beforehand(
+    fake: FakeOnnxRuntime, exported: Exported
+) -> None:
+    bundle = exported("5b", precision="fp16")
+    assert "LayerNormalization" not in operators(bundle.onnx_path("transformer").read_bytes())
+    with OrtBackend(bundle, THREADS, device=0).load(*TRANSFORMER):
+        pass
+    assert "LayerNormalization" in operators(fake.graphs[-1])
+    assert fake.patterns == [False]
+
+
+def test_frames_of_bfloat16_are_moved_in_float32_on_a_gpu(exported: Exported) -> None:
+    bundle = exported("5b", precision="bf16")
+    stored = bundle.onnx_path("vae_decoder_first").read_bytes()
+    given = graph_for_cuda(stored, bundle.network("vae_decoder_first"))
+    before, after = (onnx.ModelProto.FromString(graph).graph.node for graph in (stored, given))
+    moves = sum(node.op_type in ("Resize", "Pad") for node in before)
+    casts = [sum(node.op_type == "Cast" for node in nodes) for nodes in (before, after)]
+    assert casts[1] >= casts[0] + 2 * moves > casts[0]
+    plain = Bundle.open(miniature("mini"))
+    stored = plain.onnx_path("vae_decoder_first").read_bytes()
+    assert graph_for_cuda(stored, plain.network("vae_decoder_first")) is stored, "float32 is not even read"
 
 
 class Notes(SilentProgress):
