@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import onnxruntime
-
 from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.engines.cuda import CudaPython, Gpu
+from cvx_deploy.engines.onnxruntime.backend import check_device
+from cvx_deploy.engines.onnxruntime.convolution import check_convolution
 from cvx_deploy.engines.open import OPENVINO
 from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, Library, load_library
 from cvx_deploy.engines.tensorrt.store import EngineStore, Platform
@@ -140,17 +140,19 @@ def _gpu_finding(gpu: Gpu) -> Finding:
 
 
 def _onnxruntime() -> Iterator[Finding]:
-    providers = onnxruntime.get_available_providers()
-    yield Finding("ok", "onnxruntime", "runs fp32 and fp16 bundles on the CPU")
-    if "CUDAExecutionProvider" in providers:
-        yield Finding("ok", "onnxruntime cuda", "runs bundles on an NVIDIA GPU")
-    else:
-        yield Finding(
-            "note",
-            "onnxruntime cuda",
-            "this build of ONNX Runtime has none",
-            "pip install onnxruntime-gpu in its place",
-        )
+    """Say where ONNX Runtime runs, after it ran something there."""
+    places = {
+        "onnxruntime": (None, "runs fp32 and fp16 bundles on the CPU"),
+        "onnxruntime cuda": (0, "runs bundles on an NVIDIA GPU"),
+    }
+    for subject, (device, what) in places.items():
+        try:
+            if device is not None:
+                check_device(device)
+            check_convolution(device)
+            yield Finding("ok", subject, what)
+        except EngineError as error:
+            yield Finding("note" if device is not None else "problem", subject, error.what, error.fix)
 
 
 def _openvino() -> Finding:
@@ -158,7 +160,11 @@ def _openvino() -> Finding:
         from cvx_deploy.engines.openvino.backend import precisions
     except ImportError as error:
         return Finding("note", "openvino", f"is not installed here ({error})", OPENVINO)
-    return Finding("ok", "openvino", f"runs {', '.join(precisions())} bundles on this CPU")
+    try:  # its plugin for CPUs is loaded to be asked
+        return Finding("ok", "openvino", f"runs {', '.join(precisions())} bundles on this CPU")
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return Finding("problem", "openvino", f"cannot use this CPU: {reason}", f"{OPENVINO} --force-reinstall")
 
 
 def _library(kind: Any) -> Library | EngineError:
@@ -234,7 +240,7 @@ def _engines(bundle: Bundle, subject: str, library: Library, gpus: list[Platform
             differs = "; ".join(misfits[0])
             yield Finding("problem", subject, f"{where} does not fit: {differs}", store.remedy(library.kind, gpus))
         elif gpus:
-            yield Finding("ok", subject, f"{where} runs here")
+            yield Finding("ok", subject, f"{where} fits this GPU, its driver and the library")
         else:
             yield Finding("note", subject, f"{where} is whole; there is no GPU here to run it on")
     built = {record.network for record in records}

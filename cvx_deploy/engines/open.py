@@ -99,13 +99,17 @@ def open_backend(
 
 def _onnxruntime(bundle: "Bundle", device: int | None, threads: int | None, progress: Progress | None) -> "OrtBackend":
     from cvx_deploy.engines.onnxruntime.backend import OrtBackend, check_cuda_package
+    from cvx_deploy.engines.onnxruntime.convolution import check_convolution
 
     if device is not None:
         from cvx_deploy.engines.cuda import CudaPython
 
         check_cuda_package()
         CudaPython().gpu(device)  # says of a driver or a device that is missing what ONNX Runtime does not
-    return OrtBackend(bundle, threads, progress, device)
+    backend = OrtBackend(bundle, threads, progress, device)
+    if device is not None:
+        check_convolution(device)  # or a missing cuDNN would show after the whole prompt, or after all denoising
+    return backend
 
 
 def _openvino(bundle: "Bundle", threads: int | None, progress: Progress | None) -> "OpenVinoBackend":

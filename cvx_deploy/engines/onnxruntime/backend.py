@@ -18,6 +18,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
 from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.errors import EngineError, OutOfMemoryError
+from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
 
 _ERRORS = (
@@ -31,10 +32,12 @@ _ERRORS = (
     RuntimeError,  # what its bindings raise, for a copy that fails for example
 )
 _CUDA = "CUDAExecutionProvider"
+_DEVICE = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN|CURAND|cuDNN) (?:failure|error|is unavailable)")
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of|_ALLOC_FAILED", re.IGNORECASE)
 
-_EXACT = {"int8": ("session.x64quantprecision", "1")}
-"""For int8: no sums in 16 bits, which overflow on x86 without VNNI. For weights alone it breaks the graph."""
+_EXACT = ("session.x64quantprecision", "1")
+"""For int8 on a CPU that sums in 16 bits, which overflow: products another way, at 1.7 of the time. For weights alone
+it breaks the graph."""
 _EXACT_WEIGHTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 """Where weights alone are quantized, activations stay float32; by default they are quantized as well, to int8."""
 
@@ -93,7 +96,8 @@ class OrtBackend:
         optimized: Path | None = None,
     ) -> None:
         if device is not None:
-            _check_device(device)
+            check_device(device)
+            _check_quantization(bundle)
         else:
             _check_precision(bundle, reference=reference)
         self.bundle = bundle
@@ -126,6 +130,7 @@ class OrtBackend:
             raise EngineError(f"ONNX Runtime would run {role} on the CPU: it cannot use CUDA here", fix=_LIBRARIES)
         if self._memory.on_gpu:
             self._note_what_stays(role, session)
+            self._note_what_is_widened(role, described)
         yield OrtSession(role, described, session, self._memory)
 
     def to_device(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
@@ -152,6 +157,14 @@ class OrtBackend:
             every = sum(len(nodes) for _, nodes in assigned)
             self._progress.note(f"note: the CPU runs {here.total()} of the {every} operators of {role}: {kinds}")
 
+    def _note_what_is_widened(self, role: str, network: Network) -> None:
+        """Tell that few bits save no time on CUDA: quantized layers are multiplied in the type around them."""
+        if network.quantization is not None:
+            self._progress.note(
+                f"note: ONNX Runtime multiplies the {network.quantization.scheme} layers of {role} in "
+                f"{network.precision} on a GPU; --engine tensorrt and tensorrt-rtx multiply in few bits"
+            )
+
     def _options(self, role: str, sizes: dict[str, int]) -> onnxruntime.SessionOptions:
         network, options = self.bundle.network(role), onnxruntime.SessionOptions()
         options.log_severity_level = 3  # what fails is raised; warnings about the graph say nothing to a user
@@ -162,7 +175,10 @@ class OrtBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if network.quantization is not None:
-            options.add_session_config_entry(*_EXACT.get(network.quantization.scheme, _EXACT_WEIGHTS))
+            if network.quantization.scheme != "int8":
+                options.add_session_config_entry(*_EXACT_WEIGHTS)
+            elif overflows_in_int8():
+                options.add_session_config_entry(*_EXACT)
         symbols = {size for spec in network.inputs for size in spec.shape if isinstance(size, str)}
         for symbol in sorted(symbols):
             options.add_free_dimension_override_by_name(symbol, dimension(symbol, sizes))
@@ -205,6 +221,17 @@ def _check_precision(bundle: Bundle, *, reference: bool) -> None:
             f"{bundle.path} computes in bf16, which ONNX Runtime has no CPU kernels for",
             fix="run it with --engine openvino, or export with --precision fp32, or int8/fp32",
         )
+
+
+def _check_quantization(bundle: Bundle) -> None:
+    """Raise EngineError for what CUDA has no kernels for: quantized layers in a network that computes in bf16."""
+    networks = bundle.manifest.networks.items()
+    for name, network in networks:
+        if network.quantization is not None and network.precision == "bf16":
+            raise EngineError(
+                f"{name} of {bundle.path} is quantized and computes in bf16: ONNX Runtime has no CUDA kernels for it",
+                fix=f"export with --precision {network.quantization.scheme}/fp16, or run it with --engine tensorrt",
+            )
 
 
 class _Memory:
@@ -260,7 +287,7 @@ def check_cuda_package() -> None:
         raise EngineError(f"onnxruntime-gpu {onnxruntime.__version__} is too old", fix=_LIBRARIES)
 
 
-def _check_device(device: int) -> None:
+def check_device(device: int) -> None:
     """Make sure, by one small copy, that ONNX Runtime can use a GPU; a session would be made without it and not say."""
     check_cuda_package()
     onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised, in one line
@@ -279,7 +306,14 @@ def _fail(what: str, error: Exception, *, fix: str) -> NoReturn:
     """State what ONNX Runtime raised, with the first line of its reason."""
     if _OUT_OF_MEMORY.search(str(error)):
         raise OutOfMemoryError(f"{what}, out of memory: {_first_line(error)}", fix=_SMALLER) from error
-    raise EngineError(f"{what}: {_first_line(error)}", fix=fix) from error
+    raise EngineError(f"{what}: {_first_line(error)}", fix=_remedy(error, fix)) from error
+
+
+def _remedy(error: Exception, fix: str) -> str:
+    """Return what helps: nothing that is exported again where a device or ONNX Runtime itself failed."""
+    if _DEVICE.search(str(error)):
+        return _LIBRARIES
+    return "report this with the model's name, and what cvx-deploy doctor says" if type(error) is RuntimeError else fix
 
 
 def _first_line(error: Exception) -> str:
