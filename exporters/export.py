@@ -1,17 +1,19 @@
 """A checkpoint in, a bundle out."""
 
 import importlib.metadata
+import json
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx_ir as ir
 
 from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import MANIFEST, Bundle, may_replace
-from cvx_deploy.bundle.schema import SCHEMA_VERSION, Manifest, Network, ShapeEntry, StoredFile, WeightFile
-from cvx_deploy.errors import ShapeError
+from cvx_deploy.bundle.schema import SCHEMA_VERSION, Defaults, Manifest, Network, ShapeEntry, StoredFile, WeightFile
+from cvx_deploy.errors import CheckpointError, ShapeError
 from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
 from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.cogvideox.tokenizer import write_tokenizer_json
@@ -308,7 +310,25 @@ def _manifest(
         transformer=None if checkpoint.transformer is None else str(checkpoint.transformer),
         weights=weights,
         provenance=_provenance(request, checkpoint),
+        defaults=_defaults(checkpoint.root / "model_index.json"),
     )
+
+
+_DEFAULTS_KEY = "_cvx_deploy_defaults"
+"""In ``model_index.json``, of which diffusers passes over what begins with an underscore."""
+
+
+def _defaults(index: Path) -> Defaults:
+    """Return what a checkpoint recommends for a run: what the published models do, unless it says otherwise.
+
+    Raises:
+        CheckpointError: It says something else than steps and a guidance scale.
+    """
+    stated = json.loads(index.read_bytes()).get(_DEFAULTS_KEY, {}) if index.is_file() else {}
+    try:
+        return msgspec.convert(stated, Defaults)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{index}: {_DEFAULTS_KEY}: {error}", fix=f"mend {_DEFAULTS_KEY} or remove it") from error
 
 
 def _provenance(request: ExportRequest, checkpoint: Checkpoint) -> dict[str, str]:

@@ -14,7 +14,8 @@ from cvx_deploy.families.cogvideox.vae import Vae
 from cvx_deploy.precision import Precision, SchemeName
 from cvx_deploy.shape import Shape
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+READABLE_VERSIONS = (4, 5)
 
 
 DType = Literal["float32", "float16", "int64"]
@@ -146,6 +147,19 @@ class ShapeEntry:
             raise ValueError(f"it names the shape {self.shape}")
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What a run takes where nothing else is asked for: what the model's authors, or those who trained it, recommend.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance_scale: Weight of the prompt against the negative prompt.
+    """
+
+    steps: Annotated[int, msgspec.Meta(gt=0, le=1000)] = 50
+    guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 6.0
+
+
 class SchedulerEntry(TypedDict):
     """The sampler the checkpoint recommends, and diffusers' ``scheduler_config.json``."""
 
@@ -181,6 +195,9 @@ class Manifest:
         weights: Plain name, as ONNX files use it, to file.
         transformer: The absolute folder of a fine-tuned transformer that stands in for the checkpoint's.
         loras: What was merged into the transformer, in this order.
+        family: The model family it is of.
+        defaults: What a run takes where nothing else is asked for. Manifests before version 5 do not say, and mean 50
+            steps at guidance 6.
         provenance: Where the checkpoint is from (source, revision, variant), and the versions of the tools that made
             the bundle.
     """
@@ -201,6 +218,8 @@ class Manifest:
     provenance: dict[str, str]
     transformer: str | None = None
     loras: tuple[Lora, ...] = ()
+    family: Literal["cogvideox"] = "cogvideox"
+    defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
         if len({entry.shape for entry in self.shapes}) < len(self.shapes):
@@ -236,9 +255,9 @@ def manifest_from_json(text: bytes, file: str) -> Manifest:
     try:
         raw = msgspec.json.decode(text)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise BundleError(
-                f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}",
+                f"{file} has schema version {version}, this program reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 fix="export the bundle again with this version of cvx-deploy",
             )
         return msgspec.convert(raw, Manifest)

@@ -18,7 +18,9 @@ from PIL import Image
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network
 from cvx_deploy.engines.backend import Backend
-from cvx_deploy.engines.open import EngineName, compiled, engine_version, on_gpu, open_backend
+from cvx_deploy.engines.observe import ObservedBackend
+from cvx_deploy.engines.registry import engine_spec, open_backend
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.errors import CvxError
 from cvx_deploy.measure.conditions import conditions
 from cvx_deploy.measure.difference import difference, drift, video_difference
@@ -159,7 +161,7 @@ class _Climb:
             instead = f"the rung {self._last_graphs} stands in for it, on {self.runners[self._last_graphs]}"
             rungs.append(Rung("engine", None, "nothing", skipped=f"{self.no_engine}; {instead}"))
         else:
-            told = f"{self.engine} {engine_version(self.engine)}"
+            told = f"{self.engine} {engine_spec(self.engine).version()}"
             rungs.append(Rung("engine", _row_of_all(self.bundle, self.engine), told))
             if GraphRunner(self.engine) == self.runners[self._last_graphs]:
                 rungs[-1].notes.append(f"its networks are those of the rung {self._last_graphs}")
@@ -281,7 +283,7 @@ class _Climb:
         """Note the batch sizes that no engine was compiled for, as long as there is one; all else is a failure."""
         name, optional = (
             view.network_name(role),
-            self.engine is not None and rung.name == "engine" and compiled(self.engine),
+            self.engine is not None and rung.name == "engine" and engine_spec(self.engine).compiled,
         )
         for case, error in failed:
             if optional and some_ran:
@@ -310,8 +312,8 @@ class _Climb:
         )
         try:
             with self._opener(rung.name)(view) as backend:
-                recorder = Recorder(backend)
-                run(recorder, request, self.progress)
+                recorder = Recorder()
+                run(ObservedBackend(backend, recorder), request, self.progress)
         except CvxError as error:
             rung.trajectories.append(TrajectoryResult(str(view.shape), (), (error.what,)))
             return
@@ -331,7 +333,11 @@ class _Climb:
     def _layers(self, rung: Rung, view: Bundle, role: str, case: Case) -> list[Layer]:
         """Return the first nodes of a network that differ on a rung, where its inner tensors can be looked at."""
         limits = self._limits(rung, view.network(role))
-        if limits is None or rung.name == "eager" or (self.engine and rung.name == "engine" and on_gpu(self.engine)):
+        if (
+            limits is None
+            or rung.name == "eager"
+            or (self.engine and rung.name == "engine" and engine_spec(self.engine).on_gpu)
+        ):
             return []
         bad = self._side(rung.name, view, role)
         if rung.name == "onnx":
@@ -365,7 +371,7 @@ def _row_of_all(bundle: Bundle, kind: EngineName) -> str:
 
 def _row_on(engine: EngineName | None, row: str) -> str:
     """Return the row for an engine: TensorRT multiplies float32 in tf32."""
-    return "tf32" if row == "fp32" and engine is not None and compiled(engine) else row
+    return "tf32" if row == "fp32" and engine is not None and engine_spec(engine).compiled else row
 
 
 def _is_quantized(bundle: Bundle) -> bool:

@@ -12,7 +12,8 @@ import pytest
 
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.engines.backend import Backend
-from cvx_deploy.engines.open import EngineName, open_backend
+from cvx_deploy.engines.registry import open_backend
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.synth import synthesize
 from cvx_deploy.files import sha256_of
