@@ -3,7 +3,9 @@
 import functools
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from cvx_deploy.bundle.schema import StoredFile
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.engines.tensorrt.backend import TensorRtBackend
 from cvx_deploy.engines.tensorrt.cuda_graphs import Launcher
-from cvx_deploy.engines.tensorrt.device_memory import DeviceMemory, Upload
+from cvx_deploy.engines.tensorrt.device_memory import Activations, DeviceMemory, Upload
 from cvx_deploy.engines.tensorrt.libraries import EngineKind
 from cvx_deploy.engines.tensorrt.session import TrtSession
 from cvx_deploy.engines.tensorrt.store import EngineKey, EngineRecord, EngineStore
@@ -453,7 +455,68 @@ def test_the_library_for_rtx_cards_says_at_once_that_it_does_not_run_on_a_hopper
     cuda.assert_clean()
 
 
+def in_thread(work: Callable[[], Any]) -> None:
+    """Run something in a thread of its own, and raise here what it raised there."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+def test_another_thread_runs_on_the_backends_own_gpu(
+    mini: Bundle, make: Make, expected: NDArray[np.float32], tmp_path: Path
+) -> None:
+    cuda, found = FakeCuda(count=2), list[NDArray[np.float32]]()
+    with make(mini, cuda, device=1) as backend:
+        in_thread(lambda: found.append(video(backend, tmp_path)))
+        in_thread(backend.close)
+    assert np.array_equal(found[0], expected)
+    assert cuda.gpus_used == {1}
+    cuda.assert_clean()
+
+
+def test_a_gpu_that_is_lost_is_what_is_said_and_nothing_that_follows_from_it(
+    mini: Bundle, make: Make, tmp_path: Path
+) -> None:
+    cuda = FakeCuda()
+    cuda.crashes_in = "transformer"
+    with pytest.raises(EngineError, match="memory that is not there"), make(mini, cuda) as backend:
+        video(backend, tmp_path)
+    assert cuda.lost
+    assert not (tmp_path / "transformer.sm89.kernels").exists()
+
+
+def test_advice_about_memory_counts_what_the_driver_and_kernels_take(
+    mini: Bundle, make: Make, expected: NDArray[np.float32], tmp_path: Path
+) -> None:
+    facts, overhead = {role: {"modules": 9_000} for role in FACTS}, 50_000
+    cuda = FakeCuda(450_000, overhead=overhead)
+    with (
+        pytest.raises(OutOfMemoryError, match="does not fit into the GPU's memory"),
+        make(mini, cuda, facts=facts) as backend,
+    ):
+        video(backend, tmp_path)
+    cuda.assert_clean()
+
+
 # Twins: the fake finds each way a backend could be wrong.
+
+
+def test_twin_a_thread_that_does_not_say_its_gpu_is_found(
+    mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(count=2)
+    use, main = cuda.use, threading.get_ident()
+    with make(mini, cuda, device=1) as backend, backend.load(*TRANSFORMER) as session:
+        monkeypatch.setattr(cuda, "use", lambda device: use(device) if threading.get_ident() == main else None)
+        with pytest.raises(MisuseError, match="GPU 0"):
+            in_thread(lambda: session.run(transformer_inputs(mini)))
+
+
+def test_twin_a_buffer_that_is_not_aligned_is_found(mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    address: Any = vars(Activations)["address"].fget
+    monkeypatch.setattr(Activations, "address", property(lambda block: address(block) + 16))
+    cuda = FakeCuda()
+    with make(mini, cuda) as backend, pytest.raises(MisuseError, match="not aligned"), backend.load(*TRANSFORMER):
+        pass
 
 
 def test_twin_work_that_is_not_waited_for_is_found(
