@@ -17,6 +17,7 @@ from cvx_deploy.errors import BundleError, CvxError, EngineError
 from cvx_deploy.files import free_space, nearest_folder
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.terminal import LONGEST_PATH, safe
 
 _PACKAGES = (
     "onnxruntime",
@@ -51,8 +52,8 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        cure = f". fix: {self.fix}" if self.fix else ""
-        return f"{self.state:<8}{self.subject}: {self.what}{cure}"
+        cure = f". fix: {safe(self.fix, LONGEST_PATH)}" if self.fix else ""
+        return f"{self.state:<8}{safe(self.subject)}: {safe(self.what)}{cure}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from cvx_deploy.errors import OutputError
 
 _AT_FDCWD = -100
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_LONGEST_NAME = 200  # bytes; of 255 that a file system takes, what is put beside a name needs some
 _PIECE = 1 << 22
 _RENAME_EXCHANGE = 2
 
@@ -115,7 +117,7 @@ def staged_directory(target: Path, *, replace: bool) -> Iterator[Path]:
         _check_can_appear(target, replace=replace)
         with _locked(target):
             _sweep(target)
-            staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+            staging = _beside(target, f"tmp-{os.getpid()}")
             staging.mkdir()
             try:
                 yield staging
@@ -141,7 +143,7 @@ def staged_file(target: Path) -> Iterator[Path]:
             raise OutputError(f"{target} is there and is not a file", fix="choose another --output")
         with _locked(target):
             _sweep(target)
-            staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+            staging = _beside(target, f"tmp-{os.getpid()}")
             try:
                 yield staging
                 _sync(staging)
@@ -191,37 +193,76 @@ def _check_can_appear(target: Path, *, replace: bool) -> None:
 def _sweep(target: Path) -> None:
     """Remove what killed processes left; an earlier target that stood aside at that moment comes back."""
     old = _aside(target)
-    if old.exists() and not target.exists():
+    if old.exists() and not old.is_symlink() and not target.exists():
         old.rename(target)
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-        if leftover.is_dir():
+    pattern = _beside(target, "tmp-").name
+    for leftover in target.parent.glob(f"{glob.escape(pattern)}*"):
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
 
 
+def _beside(target: Path, ending: str) -> Path:
+    """Name something hidden beside a target; a name that would get too long for the file system is hashed."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return target.with_name(f".{name}.{ending}")
+
+
 def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp-old")
+    return _beside(target, "tmp-old")
+
+
+def check_unlocked(target: Path) -> None:
+    """Raise OutputError where another process is writing `target` at this moment; makes nothing."""
+    target = Path(os.path.realpath(target))
+    try:
+        descriptor = os.open(_beside(target, "lock"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return  # there is no lock, or none that counts
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(target) from error
+    finally:
+        os.close(descriptor)
+
+
+def _busy(target: Path) -> OutputError:
+    return OutputError(
+        f"another process is writing {target}", fix="wait until it ends, or choose another output folder"
+    )
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file, made when it is not there; a link or another thing in its place is nobody's lock, and goes."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        path.unlink()
+    return os.open(path, flags, 0o666)
 
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold the target's lock file; the kernel lets go of it however the process ends."""
-    path = target.with_name(f".{target.name}.lock")
-    with path.open("a") as handle:
+    path = _beside(target, "lock")
+    descriptor = _open_lock(path)
+    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder removes the file as it lets go: a lock on a file that is gone, or new since, locks nothing.
-            if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+            if not os.path.samestat(os.fstat(descriptor), path.lstat()):
                 raise FileNotFoundError(path)
         except (BlockingIOError, FileNotFoundError) as error:
-            raise OutputError(
-                f"another process is writing {target}", fix="wait until it ends, or choose another output folder"
-            ) from error
+            raise _busy(target) from error
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:

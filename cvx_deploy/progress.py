@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from cvx_deploy.terminal import safe
+
 Advance = Callable[[int], None]
 
 
@@ -15,7 +17,7 @@ class Progress(Protocol):
         """Show a task until the block ends; call the yielded function with every amount done."""
 
     def note(self, text: str) -> None:
-        """Tell the user something worth knowing."""
+        """Tell the user something worth knowing, in one line."""
 
 
 class SilentProgress:
@@ -44,13 +46,14 @@ class RichProgress:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as TimeRemaining
 
-        columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn())
+        described = TextColumn("{task.description:<34}", markup=False)
+        columns = (SpinnerColumn(), described, BarColumn(), TaskProgressColumn())
         times = (TimeElapsedColumn(), TimeRemaining())
         with Progress(*columns, *times, console=self._console, disable=not self._console.is_terminal) as bars:
-            bar = bars.add_task(description, total=total)
+            bar = bars.add_task(safe(description), total=total)
             yield lambda amount: bars.advance(bar, amount)
             bars.update(bar, total=total or 1, completed=total or 1)
 
     def note(self, text: str) -> None:
-        """Print the note as it is, without markup; lines are not broken, so that paths in them stay whole."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print the note as one line, without markup; it is not broken, so that paths in it stay whole."""
+        self._console.print(safe(text), markup=False, highlight=False, emoji=False, soft_wrap=True)

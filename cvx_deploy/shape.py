@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cvx_deploy.bounds import check_video
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -20,4 +22,5 @@ class Shape:
         frames, height, width = (int(number) if number.isdecimal() else 0 for number in text.split("x"))
         if min(frames, height, width) < 1:
             raise ValueError(f"{text!r} is not a shape")
+        check_video(frames, height, width)
         return cls(frames, height, width)

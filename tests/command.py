@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +56,16 @@ class Outcome:
 def cvx(*words: object) -> Outcome:
     """Run ``cvx-deploy`` with these words in this process."""
     out, err, code = _stream("strict"), _stream("backslashreplace"), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     argv = mock.patch.object(sys, "argv", ["cvx-deploy", *map(str, words)])
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with argv, warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main()
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else -1
     finally:
+        logging.disable(logging.NOTSET)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Outcome(code, _text(out), _text(err))

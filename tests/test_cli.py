@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -206,19 +208,63 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(
 
 
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored(bundle: Bundle) -> None:
-    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from cvx_deploy import cli, inspect"
+    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from cvx_deploy import cli"
+    program += "; from cvx_deploy.bundle import inspect"
     program += "; inspect.describe = lambda _: os.kill(os.getpid(), signal.SIGINT) or 'done'; cli.main()"
     done = python(program, "inspect", "--bundle", bundle.path)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
-def test_an_error_of_the_program_itself_is_not_hidden(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """No `Exception`, as a panic in Rust is none."""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("\x1b[31mby\nnought"), Panic(), MemoryError(), RecursionError()])
+def test_an_error_of_the_program_itself_is_one_line_that_says_so(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", broken)
+    outcome = cvx("inspect", "--bundle", bundle.path, "--json")
+    line = outcome.failure()
+    assert outcome.err == line + "\n"
+    assert "\x1b" not in line
+    assert ("not enough memory" if isinstance(error, MemoryError) else "a fault of cvx-deploy") in line
+    assert only_object(outcome)["error"]["what"] in line
+
+
+def test_with_debug_the_traceback_is_shown_too(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", broken)
-    with pytest.raises(ZeroDivisionError):
-        cvx("inspect", "--bundle", bundle.path)
+    outcome = cvx("--debug", "inspect", "--bundle", bundle.path)
+    assert (outcome.code, "Traceback" in outcome.err) == (1, True)
+    monkeypatch.setenv("CVX_DEBUG", "1")
+    assert "Traceback" in cvx("inspect", "--bundle", bundle.path).err
+
+
+def test_what_libraries_warn_of_reaches_nobody_unless_asked_for(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(*_: object) -> str:
+        warnings.warn("look out", stacklevel=1)
+        logging.getLogger("library").error("look here")
+        return "done"
+
+    monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", noisy)
+    assert cvx("inspect", "--bundle", bundle.path).err == ""
+    with pytest.warns(UserWarning, match="look out"):
+        cvx("--debug", "inspect", "--bundle", bundle.path)
+
+
+def test_what_would_steer_a_terminal_is_escaped(tmp_path: Path) -> None:
+    outcome = cvx("inspect", "--bundle", tmp_path / "\x1b]0;title\x07\x9b31m\u202eno\nerror: such")
+    assert outcome.failure().count("error: ") == 2
+    assert "\\x1b]0;title\\x07\\x9b31m\\u202eno\\nerror: such" in outcome.err
+    assert cvx("inspect", "--model", "\x1b[31m").err.count("\x1b") == 0
 
 
 def test_a_failure_of_several_lines_is_stated_in_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +272,7 @@ def test_a_failure_of_several_lines_is_stated_in_one(bundle: Bundle, monkeypatch
         raise CvxError("one\ntwo", fix="three\nfour")
 
     monkeypatch.setattr("cvx_deploy.bundle.inspect.describe", fail)
-    assert cvx("inspect", "--bundle", bundle.path).failure() == "error: one two. fix: three four."
+    assert cvx("inspect", "--bundle", bundle.path).failure() == "error: one\\ntwo. fix: three\\nfour."
 
 
 def test_what_the_system_refuses_is_stated(tmp_path: Path) -> None:
@@ -243,7 +289,8 @@ def test_a_reader_that_goes_away_leaves_no_traceback(bundle: Bundle) -> None:
         done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
         os.close(writing)
         assert done.returncode == 1
-        assert done.stderr == ""
+        assert done.stderr.count("\n") == (words[1] == "nothing")  # a failure is stated all the same
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

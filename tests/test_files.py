@@ -14,7 +14,7 @@ import pytest
 
 from cvx_deploy import files
 from cvx_deploy.errors import OutputError
-from cvx_deploy.files import place_file, sha256_of, staged_directory, staged_file
+from cvx_deploy.files import check_unlocked, place_file, sha256_of, staged_directory, staged_file
 from tests.command import content, spawn, wait_for
 
 STAGE = """
@@ -314,3 +314,42 @@ def test_a_staged_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (target.parent / ".file.tmp-1").write_text("what a killed process left")
     write(target, "new")
     assert content(tmp_path) == {"a": "folder", "a/file": b"new"}
+
+
+@pytest.mark.parametrize("name", [".target.lock", ".target.tmp-1", ".target.tmp-old"])
+def test_a_planted_link_is_neither_followed_nor_in_the_way(tmp_path: Path, name: str) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("mine")
+    (tmp_path / "inside").mkdir()
+    for place in ("victim", "nowhere"):
+        link = tmp_path / "inside" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / place)
+        fill(tmp_path / "inside" / "target", "new", replace=True)
+        assert (tmp_path / "victim" / "file").read_text() == "mine"
+        assert not (tmp_path / "nowhere").exists()
+        assert [path.name for path in (tmp_path / "inside").iterdir()] == ["target"]
+
+
+def test_a_pipe_in_a_locks_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".target.lock")
+    fill(tmp_path / "target", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_name_as_long_as_the_file_system_takes_can_be_staged(tmp_path: Path) -> None:
+    target = tmp_path / ("x" * 255)
+    with staged_file(target) as staging:
+        staging.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_whether_a_target_is_being_written_is_known_beforehand(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    check_unlocked(target)
+    with staged_file(target) as staging:
+        with pytest.raises(OutputError, match="another process is writing"):
+            check_unlocked(target)
+        staging.write_text("new")
+    check_unlocked(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

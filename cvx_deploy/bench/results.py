@@ -11,6 +11,7 @@ import msgspec
 from cvx_deploy.errors import CvxError
 from cvx_deploy.files import staged_file
 from cvx_deploy.pipeline.timing import LOAD
+from cvx_deploy.reading import read_whole, reading
 
 SCHEMA_VERSION = 1
 _ORDER = ("text encoder", "vae encode", "modulation", "transformer", "vae decode", "write video", LOAD)
@@ -194,17 +195,15 @@ def read_results(path: Path) -> BenchResults:
         CvxError: The file is not there, or not of a benchmark, or of another version of its schema.
     """
     again = "run cvx-deploy bench again with this version of cvx-deploy"
-    try:
-        text = path.read_bytes()
+    if not path.exists():
+        raise CvxError(f"{path} is not there", fix="name a bench.json that cvx-deploy bench wrote")
+    text = read_whole(path, CvxError, fix=again)
+    with reading(path, CvxError, fix=again):
         found = msgspec.json.decode(text, type=dict[str, Any])
         if found.get("schema_version") != SCHEMA_VERSION:
             version = found.get("schema_version")
             raise CvxError(f"{path} has schema version {version}, and this program reads {SCHEMA_VERSION}", fix=again)
         return msgspec.convert(found, BenchResults)
-    except FileNotFoundError as error:
-        raise CvxError(f"{path} is not there", fix="name a bench.json that cvx-deploy bench wrote") from error
-    except msgspec.MsgspecError as error:
-        raise CvxError(f"{path} does not hold the results of a benchmark ({error})", fix=again) from error
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

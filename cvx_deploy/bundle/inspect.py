@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, TensorSpec
+from cvx_deploy.terminal import LONGEST_PATH, safe
 
 
 def describe(bundle: Bundle) -> str:
     """Return what a bundle holds, for a person to read."""
-    return "\n".join(_lines(bundle))
+    return "\n".join(safe(line, LONGEST_PATH) for line in _lines(bundle))
 
 
 def _lines(bundle: Bundle) -> Iterator[str]:
@@ -19,23 +20,26 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     scheduler = manifest.scheduler["kind"]
     yield f"precision {manifest.precision}; scheduler {scheduler}; {manifest.text_length} text tokens"
     for name, network in manifest.networks.items():
-        yield f"\n{name}  {network.file.path}  {_size(network.file.size)}  {_precision(network)}"
+        yield ""
+        yield f"{name}  {network.file.path}  {_size(network.file.size)}  {_precision(network)}"
         yield from (f"  in   {_tensor(spec)}" for spec in network.inputs if spec.name not in network.state)
         yield from (f"  out  {_tensor(spec)}" for spec in network.outputs if spec.name not in network.state.values())
         if network.state:
             count = len(network.state)
             yield f"  and {count} causal cache{'s' * (count != 1)}, handed from one chunk to the next"
-    yield "\nweights"
+    yield ""
+    yield "weights"
     for name, entry in manifest.weights.items():
         place = "in the bundle" if entry.in_bundle else f"in {bundle.weight_home(entry)[0]}"
         yield f"  {name}  {_size(entry.size)}  {place}  sha256 {entry.sha256[:12]}"
     for lora in manifest.loras:
         yield f"  merged with {lora.path}  scale {lora.scale:g}  sha256 {lora.sha256[:12]}"
     origin = {key: manifest.provenance[key] for key in ("source", "revision", "variant") if key in manifest.provenance}
+    yield ""
     if origin:
-        yield "\nfrom " + ", ".join(value if key == "source" else f"{key} {value}" for key, value in origin.items())
+        yield "from " + ", ".join(value if key == "source" else f"{key} {value}" for key, value in origin.items())
     tools = (f"{tool} {version}" for tool, version in manifest.provenance.items() if tool not in origin)
-    yield f"{'' if origin else chr(10)}made with {', '.join(tools)}"
+    yield f"made with {', '.join(tools)}"
 
 
 def _tensor(spec: TensorSpec) -> str:

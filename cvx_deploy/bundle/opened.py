@@ -4,16 +4,18 @@ Every path in a bundle stays inside it, but for one kind: the manifest's weight 
 the checkpoint it was exported from. ONNX files name their weights by that table's plain names.
 """
 
+import hashlib
 import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cvx_deploy.bundle.schema import Manifest, Network, StoredFile, WeightFile, leads_outside, manifest_from_json
+from cvx_deploy.bundle.schema import AGAIN, Manifest, Network, StoredFile, WeightFile, leads_outside, manifest_from_json
 from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.files import sha256_of
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import read_whole
 from cvx_deploy.shape import Shape
 
 MANIFEST = "bundle.json"
@@ -71,6 +73,16 @@ class Bundle:
                 f"{path} was altered, or belongs to another bundle (its SHA-256 differs)", fix=self.remedy
             )
 
+    def content(self, stored: StoredFile) -> bytes:
+        """Return the bytes of a small file of the bundle: those that were hashed, and no others that came since."""
+        path = self.inside(stored.path)
+        content = read_whole(path, BundleError, fix=self.remedy, limit=stored.size)
+        if hashlib.sha256(content).hexdigest() != stored.sha256:
+            raise BundleError(
+                f"{path} was altered, or belongs to another bundle (its SHA-256 differs)", fix=self.remedy
+            )
+        return content
+
     @property
     def remedy(self) -> str:
         """How to make this bundle anew."""
@@ -125,6 +137,10 @@ class Bundle:
     def onnx_path(self, role: str) -> Path:
         """Return where the ONNX file of a role's network lies."""
         return self.inside(self.network(role).file.path)
+
+    def onnx_bytes(self, role: str) -> bytes:
+        """Return the ONNX file of a role's network, as it was hashed."""
+        return self.content(self.network(role).file)
 
     def has(self, role: str) -> bool:
         """Whether this shape needs a network of that role."""
@@ -226,10 +242,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"there is no bundle at {path}", fix="run: cvx-deploy export, or name one with --bundle DIR")
     if not file.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}", fix="name a bundle with --bundle DIR")
-    try:
-        return manifest_from_json(file.read_bytes(), str(file))
-    except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror}", fix="check the file's permissions") from error
+    return manifest_from_json(read_whole(file, BundleError, fix=AGAIN), str(file))
 
 
 def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -> Path:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cvx_deploy.errors import CheckpointError
+from cvx_deploy.reading import SMALL, check_regular, reading
 
-_MAX_HEADER = 100_000_000
+_MAX_AXES, _MAX_AXIS = 8, 1 << 40  # of a tensor
 
 
 _ITEM_BYTES = {
@@ -41,20 +42,16 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: The header is damaged, or does not fit the file's length.
     """
-    damaged = CheckpointError(f"{path} is truncated or damaged: its header makes no sense", fix="fetch the file again")
-    size = path.stat().st_size
-    try:
+    size = check_regular(path, CheckpointError, fix="fetch the file again")
+    says = "is truncated or damaged: its header makes no sense"
+    with reading(path, CheckpointError, fix="fetch the file again", says=says):
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise damaged
+            if not 2 <= length <= min(size - 8, SMALL):
+                raise ValueError(f"it would have {length:,} bytes")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         tensors = {name: _stored_tensor(file, 8 + length, entry) for name, entry in header.items()}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", fix="check the file's permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         raise CheckpointError(
@@ -66,6 +63,8 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
 def _stored_tensor(file: str, start: int, entry: dict[str, Any]) -> StoredTensor:
     first, last = (int(offset) for offset in entry["data_offsets"])
     shape = tuple(int(size) for size in entry["shape"])
+    if len(shape) > _MAX_AXES or not all(0 <= size <= _MAX_AXIS for size in shape):
+        raise ValueError("a tensor is of an impossible shape")
     if first < 0 or last - first != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:
         raise ValueError("a tensor's byte range is not its shape's")
     return StoredTensor(file, str(entry["dtype"]), shape, start + first, last - first)

@@ -1,27 +1,31 @@
 """The manifest of a bundle, ``bundle.json``: what it says, read strictly and written."""
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, TypeGuard
 
 import msgspec
 
-from cvx_deploy.bounds import Positive
+from cvx_deploy.bounds import MOST_LATENTS, MOST_VALUES, Factor, Positive, Size, check_video
 from cvx_deploy.errors import BundleError
 from cvx_deploy.families.cogvideox.models import SchedulerKind, Traits
 from cvx_deploy.families.cogvideox.vae import Vae
 from cvx_deploy.precision import Precision, SchemeName
+from cvx_deploy.reading import reading
 from cvx_deploy.shape import Shape
 
 SCHEMA_VERSION = 5
 READABLE_VERSIONS = (4, 5)
+AGAIN = "export the bundle again; run: cvx-deploy export --help"
 
 
 DType = Literal["float32", "float16", "int64"]
 
 
-_SYMBOL = re.compile(r"([1-9]\d*\*)?[a-z_]+")
+_SYMBOL = re.compile(r"([1-9]\d{0,4}\*)?[a-z_]{1,40}")
+_MOST_AXES = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class TensorSpec:
         for size in self.shape:
             if size < 1 if isinstance(size, int) else not _SYMBOL.fullmatch(size):
                 raise ValueError(f"{self.name} has an axis of size {size}")
+        if len(self.shape) > _MOST_AXES or math.prod(filter(_is_int, self.shape)) > MOST_VALUES:
+            raise ValueError(f"{self.name} has more than {_MOST_AXES} axes or {MOST_VALUES:,} values")
 
     @property
     def symbols(self) -> set[str]:
@@ -61,7 +67,7 @@ def dimension(symbol: str, sizes: dict[str, int]) -> int:
     """Return the value of a symbol: a key of `sizes`, or a whole multiple of one, written ``8*key``."""
     factor, _, name = symbol.rpartition("*")
     if name not in sizes:
-        raise BundleError(f"the manifest gives an axis the size {symbol}, which means nothing there", fix=_AGAIN)
+        raise BundleError(f"the manifest gives an axis the size {symbol}, which means nothing there", fix=AGAIN)
     return int(factor or 1) * sizes[name]
 
 
@@ -70,7 +76,7 @@ class StoredFile:
     """A file inside the bundle: its relative path, bytes and hash."""
 
     path: str
-    size: int
+    size: Size
     sha256: str
 
 
@@ -84,7 +90,7 @@ class WeightFile:
     """
 
     path: str
-    size: int
+    size: Size
     sha256: str
     mtime_ns: int
     in_bundle: bool
@@ -143,8 +149,10 @@ class ShapeEntry:
     networks: dict[str, str]
 
     def __post_init__(self) -> None:
-        if min(self.shape.frames, self.shape.height, self.shape.width) < 1:
-            raise ValueError(f"it names the shape {self.shape}")
+        shape = self.shape
+        if min(shape.frames, shape.height, shape.width) < 1:
+            raise ValueError(f"it names the shape {shape}")
+        check_video(shape.frames, shape.height, shape.width)
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class Lora:
     """
 
     path: str
-    scale: float
+    scale: Factor
     sha256: str
 
 
@@ -206,9 +214,9 @@ class Manifest:
     model: str
     traits: Traits
     shapes: Annotated[tuple[ShapeEntry, ...], msgspec.Meta(min_length=1)]
-    fps: Positive
+    fps: Annotated[int, msgspec.Meta(gt=0, le=1000)]
     precision: str
-    text_length: Positive
+    text_length: Annotated[int, msgspec.Meta(gt=1, le=1 << 16)]
     vae: Vae
     scheduler: SchedulerEntry
     tokenizer: StoredFile
@@ -225,9 +233,17 @@ class Manifest:
         if len({entry.shape for entry in self.shapes}) < len(self.shapes):
             raise ValueError("it names a shape twice")
         for entry in self.shapes:
+            if self._latents(entry.shape) > MOST_LATENTS:
+                raise ValueError(f"its latents at {entry.shape} have more than {MOST_LATENTS:,} values")
             for role, name in entry.networks.items():
                 if name not in self.networks:
                     raise ValueError(f"its {role} at {entry.shape} is {name}, which is not among its networks")
+
+    def _latents(self, shape: Shape) -> int:
+        """Return how many values the latents of a video have, at most."""
+        vae = self.vae
+        plane = -(-shape.height // vae.spatial) * -(-shape.width // vae.spatial)
+        return (-(-shape.frames // vae.temporal) + (self.traits.patch_size_t or 1)) * vae.latent_channels * plane
 
     @property
     def computes_in(self) -> set[Precision]:
@@ -252,7 +268,7 @@ def manifest_from_json(text: bytes, file: str) -> Manifest:
     Raises:
         BundleError: It is damaged, or of another schema version.
     """
-    try:
+    with reading(file, BundleError, fix=AGAIN):
         raw = msgspec.json.decode(text)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version not in READABLE_VERSIONS:
@@ -261,14 +277,13 @@ def manifest_from_json(text: bytes, file: str) -> Manifest:
                 fix="export the bundle again with this version of cvx-deploy",
             )
         return msgspec.convert(raw, Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{file} is damaged: {error}", fix=_AGAIN) from error
+
+
+def _is_int(size: int | str) -> TypeGuard[int]:
+    return isinstance(size, int)
 
 
 def leads_outside(relative: str) -> bool:
     """Whether a path from a manifest, read as it is written, is none of a file inside a folder."""
     pure = PurePosixPath(relative)
     return pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in relative
-
-
-_AGAIN = "export the bundle again; run: cvx-deploy export --help"

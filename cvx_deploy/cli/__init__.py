@@ -5,8 +5,21 @@ failure too. Exit codes: 0 done, 1 a stated failure, 2 wrong usage, 130 interrup
 commands, so that ``--help`` is instant.
 """
 
-from cvx_deploy.cli import bundles, checkpoints, checks, engines, measures, quantize, videos
-from cvx_deploy.cli.entry import main
-from cvx_deploy.cli.group import cli
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["bundles", "checkpoints", "checks", "cli", "engines", "main", "measures", "quantize", "videos"]
+from cvx_deploy.cli.entry import main
+
+if TYPE_CHECKING:
+    from cvx_deploy.cli.group import cli
+
+__all__ = ["cli", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the commands only when they are asked for: `main` hears Ctrl-C before that takes its time."""
+    if name != "cli":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cvx_deploy.cli import bundles, checkpoints, checks, engines, measures, quantize, videos  # noqa: F401
+    from cvx_deploy.cli.group import cli
+
+    return cli

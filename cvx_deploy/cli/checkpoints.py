@@ -13,6 +13,7 @@ from cvx_deploy.cli.options import (
     LORAS,
     OFFLINE,
     REVISION,
+    SEED,
     Result,
     need_export_extra,
     plain_name,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     help="A few MB; the real width in 2 blocks, about 2 GB; or the real size.",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder that is new.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights.")
 @reporting
 def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) -> Result:
     """Write a checkpoint with random weights, in the layout of the published ones.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import Result, need_export_extra, reference, reporting, shape_of, which_bundle
+from cvx_deploy.cli.options import SEED, STEPS, Result, need_export_extra, reference, reporting, shape_of, which_bundle
 from cvx_deploy.engines.registry import ENGINES
 from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.progress import Progress
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 )
 @click.option("--shape", "shapes", type=shape_of, multiple=True, metavar="FxHxW", help="A size of it. Default: all.")
 @click.option("--prompt", metavar="TEXT", help="What is shown. Default: a red circle.")
-@click.option("--steps", type=click.IntRange(min=1), default=4, show_default=True, help="Denoising steps.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--steps", type=STEPS, default=4, show_default=True, help="Denoising steps.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write check.json, .md, junit.xml, frames there."
 )

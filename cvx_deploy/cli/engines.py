@@ -127,7 +127,8 @@ def build(
     for outcome in build_engines(library, bundle, request, progress):
         outcomes.append(outcome)
         verdicts.append(judged(bundle, outcome))
-        progress.note("\n".join(map(str, verdicts[-1])))
+        for verdict in verdicts[-1]:
+            progress.note(str(verdict))
     values: dict[str, Any] = {
         "bundle": str(path),
         "engine": library.kind,

@@ -7,7 +7,8 @@ from cvx_deploy import __version__
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, package_name="cvx-deploy")
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Show tracebacks, and what libraries warn of. CVX_DEBUG=1 does the same.")
+def cli(debug: bool) -> None:
     """Take CogVideoX from a checkpoint to a video without PyTorch at run time.
 
     \b

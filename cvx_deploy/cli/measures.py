@@ -8,6 +8,8 @@ import click
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
     ENGINES_DIR,
+    SEED,
+    STEPS,
     Result,
     bytes_of,
     need_extra,
@@ -44,10 +46,10 @@ if TYPE_CHECKING:
 @sizes("Which of the bundle's sizes. Default: its first.", "any", several=False)
 @click.option("--prompt", default="a red circle moves to the right", show_default=True, help="What to show.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps.")
+@click.option("--steps", type=STEPS, default=50, show_default=True, help="Denoising steps.")
 @click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1 turns guidance off.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the video.")
-@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds after the warm-up.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the video.")
+@click.option("--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds after the warm-up.")
 @click.option("--note", default="", help="What else uses the machine, for the report.")
 @click.option("--output", type=click.Path(path_type=Path), default="bench", show_default=True, metavar="DIR",
               help="Where bench.json, bench.md and bench.html go.")  # fmt: skip
@@ -156,7 +158,7 @@ def _compared(files: tuple[Path, ...], fail: bool) -> Result:
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory there is, such as 12GB. Default: the GPU's.")
 @click.option("--gpu", metavar="NAME", help="Tell the least time on a GPU such as rtx4090, too.")
 @sizes("A video size, such as 49x480x720.", "the model's", several=False)
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps of a video.")
+@click.option("--steps", type=STEPS, default=50, show_default=True, help="Denoising steps of a video.")
 @click.option("--no-guidance", is_flag=True, help="One sample a step instead of two, as with --guidance-scale 1.")
 @ENGINES_DIR
 @reporting

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cvx_deploy.bounds import HIGHEST_SEED, LARGEST_FACTOR, LONGEST_SIDE, LOWEST_SEED, MOST_FRAMES, MOST_STEPS
+from cvx_deploy.cli.entry import drop_stdout, error_line
 from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.progress import Progress, RichProgress, SilentProgress
 from cvx_deploy.shape import Shape
+from cvx_deploy.terminal import safe_lines
 
 if TYPE_CHECKING:
     from cvx_deploy.bundle.opened import Bundle
@@ -23,6 +25,12 @@ Result = tuple[dict[str, Any], str]
 """What a command returns: the JSON object, and the text that says the same to a person."""
 
 Command = Callable[..., Any]
+STEPS = click.IntRange(1, MOST_STEPS)
+SEED = click.IntRange(LOWEST_SEED, HIGHEST_SEED)
+_SIDE = click.IntRange(max=LONGEST_SIDE)
+
+_MAKING = {"run", "export", "convert", "synth", "build", "refit", "quantize", "bench", "pack", "unpack"}
+"""The commands whose result lies in files, and on stdout is told of only."""
 
 
 def reporting(function: Callable[..., Result]) -> Command:
@@ -34,13 +42,24 @@ def reporting(function: Callable[..., Result]) -> Command:
     def command(*, as_json: bool, quiet: bool, **options: Any) -> None:
         progress: Progress = SilentProgress() if quiet else RichProgress()
         values, text = function(progress=progress, **options)
-        click.echo(json.dumps(values, indent=2) if as_json else text)
+        _print(json.dumps(values, indent=2) if as_json else safe_lines(text), function.__name__)
         if "error" in values:  # what was found is printed all the same
             error = values["error"]
-            click.echo(f"error: {error['what']}. fix: {error['fix']}.", err=True)
+            click.echo(error_line(error["what"], error["fix"]), err=True)
             raise click.exceptions.Exit(1)
 
     return command
+
+
+def _print(text: str, command: str) -> None:
+    """Print a result; where it cannot be, a command that has made something has done its work all the same."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        if command not in _MAKING or isinstance(error, BrokenPipeError):
+            raise
+        drop_stdout()
+        click.echo(f"note: all is done, but stdout cannot be written: {error.strerror}", err=True)
 
 
 def plain_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
@@ -67,7 +86,8 @@ def shape_of(text: str) -> Shape:
     try:
         return Shape.parse(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not frames x height x width, such as 49x480x720") from error
+        what = f"{text!r} is not frames x height x width, such as 49x480x720, of sensible sizes"
+        raise click.BadParameter(what) from error
 
 
 def scaled_file(text: str) -> tuple[Path, float]:
@@ -79,7 +99,7 @@ def scaled_file(text: str) -> tuple[Path, float]:
         value = float(scale)
     except ValueError:
         return Path(text), 1.0
-    if not name or not math.isfinite(value):
+    if not name or not abs(value) <= LARGEST_FACTOR:  # a NaN fails this too
         raise click.BadParameter(f"{text!r} is not a file and a scale, such as style.safetensors:0.8")
     return Path(name), value
 
@@ -89,9 +109,11 @@ def sizes(shape: str, default: str, *, several: bool) -> Callable[[Command], Com
 
     def decorate(command: Command) -> Command:
         @click.option("--shape", type=shape_of, multiple=several, metavar="FxHxW", help=shape)
-        @click.option("--frames", type=int, help=f"Video frames: 8k or 8k + 1. Default: {default}.")
-        @click.option("--height", type=int, help=f"Pixels. Default: {default}.")
-        @click.option("--width", type=int, help=f"Pixels. Default: {default}.")
+        @click.option(
+            "--frames", type=click.IntRange(max=MOST_FRAMES), help=f"Video frames: 8k or 8k + 1. Default: {default}."
+        )
+        @click.option("--height", type=_SIDE, help=f"Pixels. Default: {default}.")
+        @click.option("--width", type=_SIDE, help=f"Pixels. Default: {default}.")
         @functools.wraps(command)
         def sized(**options: Any) -> Any:
             if options["shape"] and any(options[axis] is not None for axis in ("frames", "height", "width")):
@@ -213,7 +235,7 @@ def need_extra(extra: str, *packages: str) -> None:
 
 def bytes_of(text: str) -> int:
     """Return the bytes that 12GB, 800MB or 16GiB means."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
     if not found:
         raise click.BadParameter(f"{text!r} is not a size, such as 12GB")
     base = 1024 if found[3] else 1000

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cvx_deploy.bounds import MOST_STEPS
 from cvx_deploy.cli.checkpoints import fetched
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, Result, need_export_extra, plain_name, reporting, shape_of
+from cvx_deploy.cli.options import ENGINES_DIR, SEED, Result, need_export_extra, plain_name, reporting, shape_of
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
@@ -38,11 +39,16 @@ class _Ranking:
     "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="A prompt a line. Default: 64 of ours."
 )
 @click.option("--num-prompts", type=int, metavar="N", help="How many of them to use, the first ones. Default: all.")
-@click.option("--steps", type=int, default=10, show_default=True, help="Of the sampler; three of them are observed.")
+@click.option(
+    "--steps",
+    type=click.IntRange(max=MOST_STEPS),
+    default=10,
+    show_default=True,
+    help="Of the sampler; three of them are observed.",
+)
 @click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1: no unconditional branch.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first prompt's noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first prompt's noise.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
-@click.option("--percentile", type=float, default=99.99, show_default=True, help="To note beside the largest values.")
 @click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: the checkpoint's own type.")
 @click.option("--sensitivity", is_flag=True, help="Rank what suffers from quantization, in place of a table.")
 @click.option("--precision", default="int8", show_default=True, help="With --sensitivity: the scheme to judge.")

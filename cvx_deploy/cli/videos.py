@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
 from cvx_deploy.engines.registry import ENGINES, engine_spec
@@ -13,6 +15,7 @@ from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
+from cvx_deploy.terminal import LONGEST_PATH, safe
 
 
 def _devices(text: str) -> tuple[int, ...]:
@@ -55,7 +58,9 @@ def _devices(text: str) -> tuple[int, ...]:
     help="What runs it: the CPU, or a GPU. What the tensorrt kinds run, cvx-deploy build compiles.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of onnxruntime and openvino. Default: one a core."
+    "--threads",
+    type=click.IntRange(1, MOST_THREADS),
+    help="CPU threads of onnxruntime and openvino. Default: one a core.",
 )
 @click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs, which share the videos out. Default: 0.")
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory a tensorrt kind may use, such as 12GB.")
@@ -103,6 +108,7 @@ def run(
       cvx-deploy run --model 5b-i2v --image panda.png --prompt "the panda waves" --seed 7
       cvx-deploy run --model 5b --engine tensorrt --vram 12GB --prompt "a panda plays guitar"
     """
+    from cvx_deploy.pipeline.combinations import check_combination
     from cvx_deploy.pipeline.pipeline import Pipeline
     from cvx_deploy.pipeline.request import RunRequest
     from cvx_deploy.pipeline.shapes import Wanted, bundle_at
@@ -111,6 +117,7 @@ def run(
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
     how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
     _check_engine(engine, how, devices)
+    check_combination(_given())
     bundle = open_bundle(path, checkpoint)
     defaults = bundle.manifest.defaults
     request = RunRequest(
@@ -132,7 +139,8 @@ def run(
     )
     with opened as pipeline:
         report = pipeline.run(request)
-    progress.note(_time_table(report.stages))
+    for row in _time_table(report.stages):
+        progress.note(row)
     values = {
         "videos": [str(video) for video in report.paths],
         "seeds": report.seeds,
@@ -143,7 +151,13 @@ def run(
         "precision": bundle.manifest.precision,
         "bundle": str(path),
     }
-    return values, "\n".join(str(video) for video in report.paths)
+    return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
+
+
+def _given() -> set[str]:
+    """Return the options that stand on the command line, with the value that they have anyway, too."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
@@ -156,7 +170,7 @@ def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int
 _FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
 
 
-def _time_table(stages: dict[str, float]) -> str:
+def _time_table(stages: dict[str, float]) -> list[str]:
     width = max(map(len, (*stages, "total")))
     rows = [*stages.items(), ("total", sum(stages.values()))]
-    return "\n".join(f"{name:<{width}}  {seconds:8.2f} s" for name, seconds in rows)
+    return [f"{name:<{width}}  {seconds:8.2f} s" for name, seconds in rows]

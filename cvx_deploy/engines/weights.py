@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import EngineError
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import reading
 
 if TYPE_CHECKING:
     import onnx
@@ -54,7 +55,9 @@ def mapped_weights(
 def _content(initializer: "onnx.TensorProto", maps: Mapping[str, NDArray[np.uint8]], name: str) -> NDArray[np.uint8]:
     """Return the bytes of an external initializer, where they are mapped."""
     entries = {entry.key: entry.value for entry in initializer.external_data}
-    file, start, length = maps.get(entries["location"]), int(entries.get("offset", 0)), int(entries.get("length", 0))
+    with reading(f"{name}: the place of {initializer.name}", EngineError, fix="export the bundle again"):
+        file, start = maps.get(entries["location"]), int(entries.get("offset", 0))
+        length = int(entries.get("length", 0))
     if file is None or start < 0 or start + length > file.nbytes:
         raise EngineError(
             f"{name}: {initializer.name} lies outside the bundle's weight files", fix="export the bundle again"

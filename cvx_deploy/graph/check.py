@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from cvx_deploy.bundle.schema import Network, TensorSpec
+from cvx_deploy.errors import BundleError
+from cvx_deploy.reading import read_whole, reading
+from cvx_deploy.terminal import no_foreign_lines, reason
 
 _STORED: dict[str, tuple[str, float]] = {
     **{"DOUBLE": ("F64", 8), "FLOAT": ("F32", 4), "FLOAT16": ("F16", 2), "BFLOAT16": ("BF16", 2)},
@@ -26,7 +28,10 @@ _STORED: dict[str, tuple[str, float]] = {
 """ONNX type to the safetensors name of the same, and its bytes; two INT4 lie in one byte, which has no other name."""
 
 _BOUNDARY = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64"}
+_LARGEST = (1 << 31) - 1  # bytes that a protobuf may have
 _LONGEST = 400  # characters of what onnx says of one graph
+
+_MOST_AXES = 8
 
 Placed = tuple[str, tuple[int, ...]]
 """The safetensors type and the shape of a tensor."""
@@ -71,9 +76,14 @@ def check_graph(path: Path, network: Network, files: Mapping[str, WeightPlaces])
         files: The weight files that its manifest knows.
     """
     try:
-        model = onnx.load_model(path, load_external_data=False)
-    except DecodeError as error:
-        return GraphCheck(0, 0, 0, (f"{path.name} is not an ONNX model: {error}",))
+        with reading(path.name, BundleError, fix=""), no_foreign_lines():
+            content = read_whole(path, BundleError, fix="", limit=_LARGEST)
+            return _checked(onnx.ModelProto.FromString(content), network, files)
+    except BundleError as error:
+        return GraphCheck(0, 0, 0, (error.what,))
+
+
+def _checked(model: onnx.ModelProto, network: Network, files: Mapping[str, WeightPlaces]) -> GraphCheck:
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     outside = [tensor for tensor in model.graph.initializer if _is_outside(tensor)]
     findings = [
@@ -118,10 +128,12 @@ def _weight_findings(outside: list[TensorProto], network: Network, files: Mappin
 
 def _place_finding(tensor: TensorProto, place: Mapping[str, str], file: WeightPlaces) -> str | None:
     """Return what is wrong with the byte range of one weight, or None."""
-    type_name = TensorProto.DataType.Name(tensor.data_type)
+    type_name = _type_name(tensor.data_type)
     if type_name not in _STORED:
         return f"is of type {type_name}, which no weight file has"
     stored_type, item = _STORED[type_name]
+    if len(tensor.dims) > _MOST_AXES or not all(0 <= axis <= 2 * file.size for axis in tensor.dims):
+        return "is of an impossible shape"
     shape, size = tuple(tensor.dims), int(math.prod(tensor.dims) * item)
     if type_name == "INT4":
         shape = (size,)
@@ -143,6 +155,10 @@ def _place_finding(tensor: TensorProto, place: Mapping[str, str], file: WeightPl
     return f"is {stored_type} of {list(shape)}, and {known[0][0]} of {list(known[0][1])} in the file"
 
 
+def _type_name(number: int) -> str:
+    return str(TensorProto.DataType.Name(number)) if number in TensorProto.DataType.values() else f"number {number}"
+
+
 def _interface_findings(kind: str, values: list[onnx.ValueInfoProto], specs: tuple[TensorSpec, ...]) -> Iterator[str]:
     found, told = [value.name for value in values], [spec.name for spec in specs]
     if found != told:
@@ -157,7 +173,7 @@ def _interface_findings(kind: str, values: list[onnx.ValueInfoProto], specs: tup
 def _described(value: onnx.ValueInfoProto) -> str:
     """Return type and shape as the manifest has them."""
     tensor = value.type.tensor_type
-    type_name = TensorProto.DataType.Name(tensor.elem_type)
+    type_name = _type_name(tensor.elem_type)
     sizes = [str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
     return f"{_BOUNDARY.get(type_name, type_name.lower())} ({', '.join(sizes)})"
 
@@ -177,14 +193,9 @@ def _structure_findings(model: onnx.ModelProto) -> Iterator[str]:
     """
     try:
         onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
-        yield f"onnx.checker: {_one_line(error)}"
+    except Exception as error:
+        yield f"onnx.checker: {reason(error, _LONGEST)}"
     try:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        yield f"shape inference: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    except Exception as error:
+        yield f"shape inference: {reason(error, _LONGEST)}"

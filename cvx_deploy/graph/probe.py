@@ -34,6 +34,10 @@ class Probed(Bundle):
         """Return where the ONNX file of a role's network lies."""
         return self.graph if role == self.role else super().onnx_path(role)
 
+    def onnx_bytes(self, role: str) -> bytes:
+        """Return the ONNX file of a role's network."""
+        return self.graph.read_bytes() if role == self.role else super().onnx_bytes(role)
+
     def network(self, role: str) -> Network:
         """Return the network that plays a role."""
         described = super().network(role)

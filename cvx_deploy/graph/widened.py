@@ -45,6 +45,10 @@ class Widened(Bundle):
             path.write_bytes(model.SerializeToString())
         return path
 
+    def onnx_bytes(self, role: str) -> bytes:
+        """Return the altered ONNX file of a role's network."""
+        return self.onnx_path(role).read_bytes()
+
     def network(self, role: str) -> Network:
         """Return the network that plays a role."""
         return _in_fp32(self.source.network(role))

@@ -193,7 +193,7 @@ class _PngFolder:
     """A folder of 0000.png, 0001.png, ..."""
 
     def __init__(self, target: Path, video: VideoFormat) -> None:
-        target.mkdir()
+        target.mkdir(exist_ok=True)
         self._folder, self._count = target, 0
 
     def add(self, frames: NDArray[np.float32]) -> None:

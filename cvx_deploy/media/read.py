@@ -6,7 +6,6 @@ have more pixels than Pillow's own limit, and a file can never make another file
 """
 
 import re
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +20,11 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from cvx_deploy.errors import MediaError
+from cvx_deploy.media.rgb import rgb_of_frame, rgb_of_image
+from cvx_deploy.reading import reading
 
 # Not everything Pillow knows: its EPS reader starts Ghostscript, and libtiff has a long record of holes.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -86,7 +87,7 @@ def load_video(path: Path, frames: int, height: int, width: int) -> DecodedVideo
     if count < frames:
         raise MediaError(
             f"{path} has {count} frame{'s' * (count != 1)} that can be read, and {frames} are needed",
-            fix=f"give a longer video, or one that is not cut short, or export with --frames {max(count, 1)} or fewer",
+            fix="give a longer video, or one that is not cut short",
         )
     return DecodedVideo(pixels, total if total is None or total >= frames else None)
 
@@ -101,7 +102,7 @@ def pixels_of(image: Image.Image, height: int, width: int) -> NDArray[np.float32
 def _rgb(image: Image.Image) -> Image.Image:
     """Check the size before the first pixel is decoded, then turn the image upright and into RGB."""
     _check_size(image.width, image.height)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return rgb_of_image(image)
 
 
 def _rgb_from_file(path: Path) -> Image.Image:
@@ -152,11 +153,9 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[Image.Image]:
-    """Decode frame by frame, turned upright by the container's display matrix as players do."""
     for frame in container.decode(stream):
         _check_size(frame.width, frame.height)
-        quarters = round(frame.rotation / 90)
-        yield Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
+        yield rgb_of_frame(frame)
 
 
 def _frame_files(folder: Path) -> list[Path]:
@@ -194,23 +193,16 @@ def _check_size(width: int, height: int) -> None:
 @contextmanager
 def _stating(path: Path, kind: str) -> Iterator[None]:
     """Turn what the decoders raise on unreadable, oversized or damaged files into one stated failure."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with reading(path, MediaError, fix=_fix(kind)), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
             yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaError(
-            f"{path} has frames of more than {MAX_PIXELS} pixels", fix="scale it down to the size of the video"
-        ) from error
-    except (av.FFmpegError, UnidentifiedImageError) as error:
-        raise MediaError(f"{path} is damaged or not {kind}", fix=_fix(kind)) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise MediaError(f"{path} cannot be read: {error.strerror}", fix="check the file's permissions") from error
-        raise MediaError(f"{path} is damaged: {error}", fix=_fix(kind)) from error
-    except (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error) as error:
-        # Pillow's parsers raise any of these on malformed headers and chunks.
-        raise MediaError(f"{path} is damaged: {error}", fix=_fix(kind)) from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise MediaError(
+                f"{path} has frames of more than {MAX_PIXELS} pixels", fix="scale it down to the size of the video"
+            ) from error
+        except (av.FFmpegError, UnidentifiedImageError) as error:
+            raise MediaError(f"{path} is damaged or not {kind}", fix=_fix(kind)) from error
 
 
 def _fix(kind: str) -> str:

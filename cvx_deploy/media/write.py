@@ -1,17 +1,14 @@
 """Videos out: frames stream into a file while they are decoded, and nothing partial is ever left behind.
 
-What a path ends in says what is written: ``.mp4``, ``.webm``, ``.gif``, ``.npy``, or a folder of PNG frames. Each file
-grows under a temporary name beside its place and is renamed when it is whole; on any failure the temporary goes and an
-earlier file stays as it was.
+What a path ends in says what is written: ``.mp4``, ``.webm``, ``.gif``, ``.npy``, or a folder of PNG frames. Each grows
+where `cvx_deploy.files` stages it, and takes its place when it is whole.
 """
 
 import os
 import re
-import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,10 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.errors import MediaError, OutputError, ShapeError
-from cvx_deploy.files import take_place
+from cvx_deploy.files import check_unlocked, staged_directory, staged_file
 from cvx_deploy.media.encoders import CODECS, ENCODERS, FOLDER, Encoder, VideoFormat
 
 _FRAME_NAME = re.compile(r"\d{4,}\.png")
+
+
+class _UnfinishedError(Exception):
+    """A video that will not be whole."""
 
 
 class VideoWriter:
@@ -37,12 +38,13 @@ class VideoWriter:
     def __init__(self, path: Path | str, video: VideoFormat) -> None:
         self.paths = _paths(path, video.videos)
         self._targets = [_resolved(place) for place in self.paths]
+        self._folder = _suffix(path) == FOLDER
         self._encoder_for = ENCODERS[_suffix(path)]
         self._video = video
         self._frames_per_path = video.frames * video.videos // len(self.paths)
         self._written = 0
         self._encoder: Encoder | None = None
-        self._temporary: Path | None = None
+        self._staging = ExitStack()
 
     def write(self, frames: NDArray[np.float32]) -> None:
         """Append the next frames of the current video; no chunk may reach into the next one.
@@ -58,15 +60,21 @@ class VideoWriter:
         self._check(frames)
         index = self._written // self._frames_per_path
         with _stating(self.paths[index]):
-            if self._encoder is None or self._temporary is None:
-                self._temporary = _temporary(self._targets[index])
-                self._encoder = self._encoder_for(self._temporary, self._video)
+            if self._encoder is None:
+                temporary = self._staging.enter_context(_staged(self._targets[index], self._folder))
+                self._encoder = self._encoder_for(temporary, self._video)
             self._encoder.add(frames)
             self._written += len(frames)
             if self._written % self._frames_per_path == 0:
                 self._encoder.finish()
                 self._encoder = None
-                _publish(self._temporary, self._targets[index])
+                self._publish(self._targets[index])
+
+    def _publish(self, target: Path) -> None:
+        """Let a whole video, a file or a folder of frames, take its place."""
+        with self._staging.pop_all():
+            if self._folder:
+                _check_folder(target)  # hours may have passed
 
     def _check(self, frames: NDArray[np.float32]) -> None:
         video = self._video
@@ -93,9 +101,9 @@ class VideoWriter:
             # Whatever broke is on its way up already; closing a broken file can only repeat it.
             with suppress(OSError, av.FFmpegError):
                 self._encoder.close()
-        if self._temporary is not None:
-            _remove(self._temporary)
         expected = self._video.frames * self._video.videos
+        # What is staged goes, whatever ended the block; a whole video is in its place already.
+        self._staging.__exit__(_UnfinishedError, _UnfinishedError(), None)
         if kind is None and self._written < expected:
             raise OutputError(
                 f"{self.paths[-1]}: {self._written} of {expected} frames were given", fix="run it again to the end"
@@ -119,10 +127,7 @@ def open_writer(path: Path | str, video: VideoFormat) -> VideoWriter:
             f"{video.height}x{video.width}: video with half-size colour needs even sizes",
             fix="use multiples of 8, or write a .gif, a .npy or a folder",
         )
-    writer = VideoWriter(path, video)
-    with _stating(path):
-        _resolved(writer.paths[0]).parent.mkdir(parents=True, exist_ok=True)  # all lie in one folder
-    return writer
+    return VideoWriter(path, video)
 
 
 def check_writable(path: Path | str, videos: int = 1) -> None:
@@ -138,6 +143,7 @@ def check_writable(path: Path | str, videos: int = 1) -> None:
             CODECS[suffix].encoder()
         for target in _paths(path, videos):
             _check_parent(target)
+            check_unlocked(target)
             if suffix == FOLDER:
                 _check_folder(target)
             else:
@@ -170,6 +176,8 @@ def _suffix(path: Path | str) -> str:
     if str(path).endswith("/") or Path(path).is_dir():
         return FOLDER
     suffix = Path(path).suffix.lower()
+    if Path(path).name.lower() in ENCODERS:
+        raise OutputError(f"{path} is a suffix, not a name", fix=f"name a file, such as video{Path(path).name}")
     if suffix not in ENCODERS:
         known = ", ".join(filter(None, ENCODERS))
         raise OutputError(f"{path}: nothing here writes {suffix}", fix=f"end it in {known}, or in / for a folder")
@@ -181,13 +189,13 @@ def _paths(path: Path | str, videos: int) -> tuple[Path, ...]:
 
 
 def _resolved(path: Path) -> Path:
-    """Follow links: what they point to is replaced, not they. Never raises, unlike Path.resolve on a loop."""
+    """Follow links: what they point to is replaced. Never raises, unlike Path.resolve on a loop."""
     return Path(os.path.realpath(path))
 
 
-def _temporary(target: Path) -> Path:
-    """Name a temporary beside `target`, on the same file system."""
-    return target.with_name(f".cvx-deploy-{secrets.token_hex(8)}.partial")
+def _staged(target: Path, folder: bool) -> AbstractContextManager[Path]:
+    """Stage a video, which replaces an earlier one of its kind."""
+    return staged_directory(target, replace=True) if folder else staged_file(target)
 
 
 def _check_parent(path: Path) -> None:
@@ -217,22 +225,6 @@ def _check_folder(path: Path) -> None:
     foreign = next((e.name for e in folder.iterdir() if not (_FRAME_NAME.fullmatch(e.name) and e.is_file())), None)
     if foreign is not None:
         raise OutputError(f"{path} holds {foreign}, which is not a frame", fix="choose a new or an empty folder")
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename a whole video, a file or a folder of frames, onto its place."""
-    if temporary.is_dir():
-        _check_folder(target)  # hours may have passed
-        take_place(temporary, target)
-    else:
-        temporary.replace(target)
-
-
-def _remove(temporary: Path) -> None:
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    else:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

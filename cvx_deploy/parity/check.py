@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network
@@ -39,6 +38,7 @@ from cvx_deploy.parity.ladder import (
     VideoResult,
 )
 from cvx_deploy.parity.recorder import Recorder
+from cvx_deploy.parity.wishes import GUIDANCE, remake_of, wish_of
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import run
 from cvx_deploy.precision import Precision
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 
 PROMPT = "a red circle moves to the right"
-_GUIDANCE = 6.0
-_SEED_OF_IMAGE = 0
 _ONCE = ("text_encoder", "modulation")  # the same at every shape
 _PACKAGES = ("cvx-deploy", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 _LEVELS: dict[Level, int] = {"networks": 0, "trajectory": 1, "video": 2}
@@ -70,7 +68,6 @@ class CheckRequest:
         level: Networks alone, latents step by step too, or whole videos too.
         steps: Denoising steps of the run that networks' inputs are taken from.
         shapes: Which of the bundle's; all when there are none.
-        straight: An export of the checkpoint without rewrites, when there is one already.
     """
 
     engine: EngineName | None = None
@@ -79,7 +76,6 @@ class CheckRequest:
     steps: int = 4
     seed: int = 0
     shapes: tuple[Shape, ...] = ()
-    straight: Bundle | None = None
 
 
 def check(
@@ -128,8 +124,10 @@ class _Climb:
 
     def _graphs(self, checkpoint: "Checkpoint") -> dict[RungName, Bundle]:
         """Return the bundles that the rungs of ONNX graphs run."""
-        straight = self.request.straight or self._export(checkpoint, "straight", rewrites=())
-        graphs: dict[RungName, Bundle] = {"onnx": straight, "rewritten": self.bundle}
+        graphs: dict[RungName, Bundle] = {
+            "onnx": self._export(checkpoint, "straight", rewrites=()),
+            "rewritten": self.bundle,
+        }
         if _is_quantized(self.bundle):
             graphs |= {"rewritten": self._export(checkpoint, "rewritten", rewrites=None), "quantized": self.bundle}
         return graphs
@@ -187,7 +185,7 @@ class _Climb:
     def _check_shape(self, shape: Shape, expected: Expected, show: Show) -> None:
         from cvx_deploy.exporters.reference.eager import eager_video
 
-        view, wish = self.bundle.at(shape), self._wish(shape)
+        view, wish = self.bundle.at(shape), wish_of(self.bundle, shape, self.request, self.folder)
         with self.progress.task(f"diffusers in fp32 at {shape}"):
             video = eager_video(view, self.checkpoint, "fp32", wish)
         with self.progress.task(f"compare networks at {shape}", len(roles(view))) as advance:
@@ -200,18 +198,20 @@ class _Climb:
             if not self.rungs["own-type"].skipped:
                 with self.progress.task(f"diffusers in {self.own} at {shape}"):
                     own = eager_video(view, self.checkpoint, self.own, wish)
-                self._hold(self.rungs["own-type"], view, (*own.hidden_states, own.latents), own.frames, video)
-            self._check_run(view, wish, video, show)
+                made = (*own.hidden_states, own.latents)
+                self._hold(self.rungs["own-type"], str(shape), made, own.frames, video)
+            self._check_run(view, str(shape), wish, video, show)
+            if self.bundle.manifest.traits.task == "text-to-video" and view.has("vae_encoder"):
+                self._check_remade(view, video)
 
-    def _wish(self, shape: Shape) -> "Wish":
-        from cvx_deploy.exporters.reference.eager import Wish
+    def _check_remade(self, view: Bundle, video: "EagerVideo") -> None:
+        """Make a video from a video too, where the bundle can; diffusers cuts it into chunks as it does."""
+        from cvx_deploy.exporters.reference.eager import eager_video
 
-        image = None
-        if self.bundle.manifest.traits.task == "image-to-video":
-            image = self.folder / "image.png"
-            few = np.random.default_rng(_SEED_OF_IMAGE).integers(0, 255, (4, 5, 3), np.uint8)
-            Image.fromarray(few).resize((shape.width, shape.height), Image.Resampling.BICUBIC).save(image)
-        return Wish(self.request.prompt, self.request.steps, self.request.seed, _GUIDANCE, image)
+        wish = remake_of(view.shape, self.request, self.folder)
+        with self.progress.task(f"diffusers in fp32 at {view.shape}, from a video"):
+            expected = eager_video(view, self.checkpoint, "fp32", wish, video)
+        self._check_run(view, f"{view.shape}, from a video", wish, expected, lambda *_: None)
 
     def _openers(self) -> Iterator[tuple[Rung, Open, Bundle]]:
         """Yield what runs the networks of each rung but the first."""
@@ -291,10 +291,10 @@ class _Climb:
             else:
                 rung.networks.append(NetworkResult(name, str(view.shape), case.label, None, (error.what,)))
 
-    def _hold(self, rung: Rung, view: Bundle, latents: tuple[Frames, ...], frames: Frames, video: "EagerVideo") -> None:
+    def _hold(self, rung: Rung, shape: str, latents: tuple[Frames, ...], frames: Frames, video: "EagerVideo") -> None:
         """Hold a whole run against that of diffusers in float32."""
         limits = None if rung.precision is None else THRESHOLDS[rung.precision]
-        shape, channels = str(view.shape), video.latents.shape[2]
+        channels = video.latents.shape[2]
         expected = [array[:1, :, :channels] for array in (*video.hidden_states, video.latents)]
         moved = drift([array[:1, :, :channels] for array in latents], expected)[1:]
         broken = () if limits is None else _drifted(moved, limits)
@@ -303,22 +303,29 @@ class _Climb:
             apart = video_difference(frames, video.frames)
             rung.videos.append(VideoResult(shape, apart, () if limits is None else apart.beyond(limits)))
 
-    def _check_run(self, view: Bundle, wish: "Wish", video: "EagerVideo", show: Show) -> None:
+    def _check_run(self, view: Bundle, told: str, wish: "Wish", video: "EagerVideo", show: Show) -> None:
         """Make the video on the engine, or what stands in for it, from the same noise; hold it against diffusers'."""
         rung = self.rungs[self._last_graphs if self.engine is None else "engine"]
         output, kept = self.folder / "video.npy", self.folder / "latents.npy"
         request = RunRequest(
-            (wish.prompt,), output, image=wish.image, steps=wish.steps, seed=wish.seed, save_latents=kept
+            (wish.prompt,),
+            output,
+            image=wish.image,
+            video=wish.video,
+            strength=wish.strength,
+            steps=wish.steps,
+            seed=wish.seed,
+            save_latents=kept,
         )
         try:
             with self._opener(rung.name)(view) as backend:
                 recorder = Recorder()
                 run(ObservedBackend(backend, recorder), request, self.progress)
         except CvxError as error:
-            rung.trajectories.append(TrajectoryResult(str(view.shape), (), (error.what,)))
+            rung.trajectories.append(TrajectoryResult(told, (), (error.what,)))
             return
         frames: Frames = np.load(output)
-        self._hold(rung, view, (*recorder.hidden_states, np.load(kept)), frames, video)
+        self._hold(rung, told, (*recorder.hidden_states, np.load(kept)), frames, video)
         show(view.shape, video.frames, frames)
 
     def _divergence(self, rung: Rung | None) -> Iterator[Divergence]:
@@ -391,5 +398,5 @@ def _drifted(moved: tuple[float, ...], limits: Thresholds) -> tuple[str, ...]:
 
 def _conditions(request: CheckRequest) -> dict[str, Any]:
     """Say what figures were taken on."""
-    asked = {"prompt": request.prompt, "steps": request.steps, "seed": request.seed, "guidance_scale": _GUIDANCE}
+    asked = {"prompt": request.prompt, "steps": request.steps, "seed": request.seed, "guidance_scale": GUIDANCE}
     return conditions(_PACKAGES, "", **asked)

@@ -13,6 +13,7 @@ from cvx_deploy.bundle.safetensors import read_header
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.errors import BundleError, CvxError
 from cvx_deploy.progress import Progress
+from cvx_deploy.terminal import safe
 
 if TYPE_CHECKING:
     from cvx_deploy.graph.check import WeightPlaces
@@ -87,12 +88,12 @@ class Verification:
             loaded = f", loads at {', '.join(network.loaded)}" if network.loaded else ""
             kernels = "".join(f", {count} {kernel}" for kernel, count in (network.kernels or {}).items())
             yield from _part(name, facts + loaded + kernels, network.findings)
-        yield from self.notes
+        yield from map(safe, self.notes)
 
 
 def _part(name: str, facts: str, findings: tuple[str, ...]) -> Iterator[str]:
-    yield f"{'WRONG' if findings else 'ok':<6} {name}: {facts}"
-    yield from (f"         {finding}" for finding in findings)
+    yield f"{'WRONG' if findings else 'ok':<6} {safe(name)}: {safe(facts)}"
+    yield from (f"         {safe(finding)}" for finding in findings)
 
 
 def verify(bundle: Bundle, progress: Progress, *, load: bool = False, quick: bool = False) -> Verification:

@@ -11,13 +11,19 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import HIGHEST_SEED, LOWEST_SEED
 from cvx_deploy.errors import CvxError
 
 _BLOCK = 16  # the vector kernel turns 16 uniforms into 16 normals, and takes over at this size
 _HALF = _BLOCK // 2
 _CHUNK = 2**16 * _BLOCK  # values worked on at a time: bounds the float64 temporaries to some tens of MB
 _TWO_PI = np.float32(2 * math.pi)
-_MIN_SEED, _MAX_SEED = -(2**63), 2**64 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Raise CvxError unless torch takes such a seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not LOWEST_SEED <= seed <= HIGHEST_SEED:
+        raise CvxError(f"seed {seed!r} is not an integer of 64 bits", fix="use one from 0 to 4294967295")
 
 
 class Generator:
@@ -32,8 +38,7 @@ class Generator:
     """
 
     def __init__(self, seed: int) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not _MIN_SEED <= seed <= _MAX_SEED:
-            raise CvxError(f"seed {seed!r} is not an integer of 64 bits", fix="use one from 0 to 4294967295")
+        check_seed(seed)
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
         self._spare: float | None = None  # the scalar path makes two values at a time and keeps one, as torch does
 

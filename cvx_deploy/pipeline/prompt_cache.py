@@ -4,9 +4,13 @@ An entry is named by the hash of all that it depends on. It is a ``.npy`` file, 
 bytes after it: NumPy reads it as it is, and a damaged one is known.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,12 +22,15 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import OutputError
 from cvx_deploy.files import staged_file
+from cvx_deploy.pipeline.npy import header_of
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import read_whole, reading
 
 Embedding = NDArray[np.float32]
 """Of one text, (S, D)."""
 
 _ROLE, _OUTPUT = "text_encoder", "prompt_embeds"
+_HEADER = 1024  # the most bytes of a header; NumPy writes 128
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -103,14 +110,27 @@ class PromptCache:
         return self._folder / f"{self._key.digest(text)}.npy"
 
     def _read(self, path: Path) -> Embedding | None:
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        fix = "remove it"
+        largest = math.prod(self._shape) * np.dtype(np.float32).itemsize + _HEADER + _DIGEST_SIZE
         try:
-            return _embedding(path.read_bytes(), self._shape)
-        except (OSError, ValueError, EOFError) as error:
-            self._progress.note(f"note: the prompt's embedding {path} is computed again: {error}")
-            path.unlink(missing_ok=True)
+            content = read_whole(path, OutputError, fix=fix, limit=largest)
+            with reading(path, OutputError, fix=fix):
+                return _embedding(content, self._shape)
+        except OutputError as error:
+            self._progress.note(f"note: a prompt's embedding is computed again: {error.what}")
+            _remove(path)
             return None
+
+
+def _remove(path: Path) -> None:
+    """Make room for an entry, whatever stands in its place; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_folder(folder: Path) -> None:
@@ -130,7 +150,10 @@ def _embedding(content: bytes, shape: tuple[int, ...]) -> Embedding:
     array, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
     if hashlib.sha256(array).digest() != digest:
         raise ValueError("it is damaged")
-    embedding: Embedding = np.load(io.BytesIO(array), allow_pickle=False)
-    if embedding.dtype != np.float32 or embedding.shape != shape:
-        raise ValueError(f"it holds {embedding.dtype} of shape {embedding.shape}, not float32 {shape}")
+    dtype, found, start, order = header_of(io.BytesIO(array), len(array))
+    if dtype != np.float32 or found != shape or order != "C":
+        raise ValueError(f"it holds {dtype} of shape {found}, not float32 {shape}")
+    embedding: Embedding = np.frombuffer(array, np.float32, offset=start).reshape(shape)
+    if not np.isfinite(embedding).all():
+        raise ValueError("it holds what is no number")
     return embedding

@@ -49,13 +49,14 @@ def _encoded(
 def _tokenized(backend: Backend, texts: Iterable[str], progress: Progress) -> dict[str, NDArray[np.int64]]:
     """Return each text's ids, (1, S); what did not fit is noted."""
     bundle = backend.bundle
-    tokenizer = Tokenizer(bundle.inside(bundle.manifest.tokenizer.path), bundle.manifest.text_length)
+    stored = bundle.manifest.tokenizer
+    tokenizer = Tokenizer(bundle.inside(stored.path), bundle.manifest.text_length, bundle.content(stored))
     ids = {}
     for text in texts:
         tokens = tokenizer.encode(text)
         if tokens.cut:
             progress.note(
-                f"warning: the prompt is longer than {tokenizer.max_length} tokens; this part was cut: {tokens.cut}"
+                f"note: the prompt is longer than {tokenizer.max_length} tokens; this part was cut: {tokens.cut}"
             )
         ids[text] = tokens.ids
     return ids

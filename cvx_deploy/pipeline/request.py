@@ -1,19 +1,22 @@
 """What a run is to make, and the networks that it needs."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import MOST_VIDEOS
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CvxError, OutputError, PromptError
 from cvx_deploy.families.cogvideox import vae
 from cvx_deploy.families.cogvideox.models import SchedulerKind
+from cvx_deploy.pipeline.combinations import check_combination
+from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 
 Pixels = NDArray[np.float32]
+MOST_GUIDANCE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,18 @@ class RunRequest:
             raise PromptError("there is no prompt", fix="give at least one with --prompt TEXT")
         if not 0 < self.strength <= 1:
             raise CvxError(f"strength {self.strength} is not above 0 and at most 1", fix="use --strength 0.8")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+        if not 0 <= self.guidance_scale <= MOST_GUIDANCE:  # a NaN fails this too
             raise CvxError(f"guidance scale {self.guidance_scale}", fix="use --guidance-scale 6, or 1 for no guidance")
         if self.num_videos < 1:
             raise CvxError(f"{self.num_videos} videos a prompt", fix="use --num-videos 1 or more")
-        if self.image is not None and self.video is not None:
-            raise PromptError("both an image and a video are given", fix="give one of --image and --video")
+        if self.num_videos * len(self.prompts) > MOST_VIDEOS:
+            raise CvxError(
+                f"{self.num_videos} videos of each of {len(self.prompts)} prompts are more than {MOST_VIDEOS}",
+                fix="use a smaller --num-videos, and run several times with other seeds",
+            )
+        for index in (0, max(self.num_videos * len(self.prompts), 1) - 1):
+            check_seed(self.seed + index)
+        check_combination(self.given)
         if self.save_latents is not None and self.save_latents.suffix != ".npy":
             raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
         if self.contact_sheet is not None and self.contact_sheet.suffix != ".png":
@@ -127,6 +136,12 @@ class RunRequest:
         """Whether there is a second branch, of the negative prompt."""
         return self.guidance_scale > 1
 
+    @property
+    def given(self) -> set[str]:
+        """The names of the fields that are not as they are by default."""
+        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return changed - (set() if self.prompts else {"prompts"})
+
 
 def networks_needed(
     bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None
@@ -143,6 +158,8 @@ def networks_needed(
         if request.image is not None or request.video is not None:
             halves.append(vae.encoder(vae_facts))
     for half in halves if not request.latents_only else halves[1:]:
+        if request.vae_tiling:
+            vae.check_tiles(vae_facts, half, shape)
         planes = vae.planes(vae_facts, half, shape, tiled=request.vae_tiling)
         for role in filter(bundle.has, (half.first, half.following)):
             needed += [(role, {"latent_height": height, "latent_width": width}) for height, width in planes]

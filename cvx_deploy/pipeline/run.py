@@ -14,6 +14,7 @@ from typing import NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import MOST_VIDEOS
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.engines.backend import Backend, prefetch
@@ -62,6 +63,7 @@ def run(
     """
     progress, report, output = progress or SilentProgress(), RunReport(), request.output
     assert output is not None
+    networks_needed(backend.bundle, request)
     videos = _video_count(request)
     check_writable(output, videos)
     for place in filter(None, (request.save_latents, request.contact_sheet)):
@@ -217,7 +219,14 @@ def _denoised(
 
 
 def _video_count(request: RunRequest) -> int:
-    return request.video_count if request.from_latents is None else len(latents_header(request.from_latents))
+    if request.from_latents is None:
+        return request.video_count
+    count = len(latents_header(request.from_latents))
+    if count > MOST_VIDEOS:
+        raise MediaError(
+            f"{request.from_latents} holds {count} videos, more than {MOST_VIDEOS}", fix="divide it among several files"
+        )
+    return count
 
 
 def _check_task(backend: Backend, request: RunRequest) -> None:
@@ -241,7 +250,14 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
 
 def _refuse_video(bundle: Bundle) -> NoReturn:
     """Say which shape video-to-video can be done at, and how to come by it."""
-    period = 2 * bundle.manifest.vae.temporal
+    temporal = bundle.manifest.vae.temporal
+    period = 2 * temporal
+    if bundle.manifest.traits.patch_size_t is None:
+        raise ShapeError(
+            f"{bundle.manifest.model} cannot start from a video: diffusers encodes 8 frames at a time, and each of its "
+            f"latent frames spans {temporal}",
+            fix="leave --video out",
+        )
     nearest = replace(bundle.shape, frames=max(bundle.shape.frames // period, 1) * period)
     there = nearest in bundle.shapes
     raise ShapeError(
@@ -394,6 +410,6 @@ def _read_latents(path: Path, bundle: Bundle) -> Latents:
             f"{path} holds {array.dtype} of shape {array.shape}, not float32 (videos, {', '.join(map(str, expected))})",
             fix="use latents made with a bundle of this shape",
         )
-    if not np.isfinite(array).all():
+    if not all(np.isfinite(video).all() for video in array):
         raise MediaError(f"{path} holds values that are not finite numbers", fix="make the latents again")
     return np.array(array)

@@ -17,9 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import LARGEST_FACTOR, MOST_STEPS
 from cvx_deploy.errors import CheckpointError, CvxError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.pipeline.noise import Generator
+from cvx_deploy.terminal import safe
 
 Latents = NDArray[np.float32]  # of any shape: the samplers work value by value
 
@@ -33,7 +35,7 @@ _CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 def _refuse(key: str, value: object, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"scheduler config: {key} is {value!r}, not {wanted}",
+        f"scheduler config: {key} is {safe(repr(value), 100)}, not {wanted}",
         fix=f"use the scheduler_config.json of a CogVideoX checkpoint, or mend its {key}",
     )
 
@@ -71,11 +73,11 @@ class SchedulerConfig:
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name), type(field.default))
         for key, sane, wanted in (
-            ("num_train_timesteps", self.num_train_timesteps >= 1, "1 or more"),
+            ("num_train_timesteps", 1 <= self.num_train_timesteps <= MOST_STEPS, f"from 1 to {MOST_STEPS}"),
             ("beta_start", 0 < self.beta_start < 1, "between 0 and 1"),
             ("beta_end", 0 < self.beta_end < 1, "between 0 and 1"),
             ("steps_offset", 0 <= self.steps_offset < self.num_train_timesteps, "a training timestep"),
-            ("snr_shift_scale", self.snr_shift_scale > 0, "above 0"),
+            ("snr_shift_scale", 0 < self.snr_shift_scale <= LARGEST_FACTOR, f"above 0 and at most {LARGEST_FACTOR:g}"),
         ):
             if not sane:
                 raise _refuse(key, getattr(self, key), wanted)

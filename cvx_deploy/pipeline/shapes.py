@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import MediaError, ShapeError
+from cvx_deploy.pipeline.npy import header_of
+from cvx_deploy.reading import check_regular, reading
 from cvx_deploy.shape import Shape
 
 
@@ -58,13 +60,11 @@ def bundle_at(bundle: Bundle, wanted: Wanted, from_latents: Path | None = None) 
 
 def latents_header(path: Path) -> NDArray[Any]:
     """Map a ``.npy`` file, and raise MediaError when it is none."""
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.ndim == 0:
-            raise ValueError("it is an archive or a single number")
-    except (OSError, ValueError, EOFError) as error:
-        raise MediaError(f"{path} holds no latents: {error}", fix="use a file that --save-latents wrote") from error
-    return array
+    fix = "use a file that --save-latents wrote"
+    size = check_regular(path, MediaError, fix=fix)
+    with reading(path, MediaError, fix=fix, says="holds no latents"), path.open("rb") as file:
+        dtype, shape, start, order = header_of(file, size)
+        return np.memmap(file, dtype, "r", start, shape, order)
 
 
 def latent_shape(bundle: Bundle) -> tuple[int, int, int, int, int]:

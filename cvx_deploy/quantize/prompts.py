@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from cvx_deploy.errors import PromptError
+from cvx_deploy.reading import read_whole, reading
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
@@ -14,12 +15,10 @@ def read_prompts(path: Path = SHIPPED, count: int | None = None) -> tuple[str, .
     Raises:
         PromptError: The file cannot be read, or has fewer prompts.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(
-            f"cannot read the prompts {path}: {error}", fix="name a text file, a prompt a line"
-        ) from error
+    fix = "name a text file, a prompt a line"
+    content = read_whole(path, PromptError, fix=fix)
+    with reading(path, PromptError, fix=fix):
+        lines = content.decode("utf-8").splitlines()
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise PromptError(f"{path} holds no prompts", fix="write a prompt a line, or leave --prompts out")

@@ -2,31 +2,34 @@
 
 One safetensors file. For every observed tensor, named by its place in the checkpoint's modules
 (``transformer_blocks.0.attn1.to_q`` for what that linear takes; ``transformer_blocks.0.attn1.query``, ``key`` and
-``value`` for what attention takes), it holds
-
-- ``PLACE.amax``, float32 ``(channels,)``: the largest magnitude of each channel over every sample;
-- ``PLACE.percentile``, float32 ``(1,)``: the largest magnitude of the tensor, its outliers left out.
-
-Its metadata says, as JSON under the one key ``calibration``, what was observed and how.
+``value`` for what attention takes), it holds ``PLACE.amax``, float32 ``(channels,)``: the largest magnitude of each
+channel over every sample. Its metadata says, as JSON under the one key ``calibration``, what was observed and how.
+Tables of version 1 held a percentile of every place, too, which nothing used; they are read without it.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bounds import MOST_STEPS, Factor, Positive
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.families.cogvideox.models import Traits
 from cvx_deploy.files import staged_file
 from cvx_deploy.precision import Precision
+from cvx_deploy.reading import check_regular, reading
 from cvx_deploy.shape import Shape
+from cvx_deploy.terminal import safe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, SCHEMA_VERSION)
 _KEY = "calibration"
+_LARGEST = 1 << 30  # bytes; a full-size model's table has some 20 MB
 _AGAIN = "calibrate again; run: cvx-deploy quantize --help"
 
 
@@ -41,7 +44,6 @@ class Conditions:
         prompts: SHA-256 of the prompts' text, and `prompt_count` how many there were.
         steps: Of the sampler; `observed` are the indices of those whose activations were recorded.
         guidance_scale: 1 observes the conditional branch alone.
-        percentile: Which one ``PLACE.percentile`` is, such as 99.99.
         compute: What the model computed in.
         tools: Versions of the programs that made it.
     """
@@ -51,12 +53,11 @@ class Conditions:
     traits: Traits
     shape: Shape
     prompts: str
-    prompt_count: int
-    steps: int
-    observed: tuple[int, ...]
-    guidance_scale: float
+    prompt_count: Positive
+    steps: Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]
+    observed: tuple[Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)], ...]
+    guidance_scale: Factor
     seed: int
-    percentile: float
     compute: Precision
     tools: dict[str, str]
 
@@ -67,16 +68,14 @@ class CalibrationTable:
 
     Attributes:
         amax: By place, float32 ``(channels,)``.
-        percentile: By place.
     """
 
     conditions: Conditions
     amax: Mapping[str, NDArray[np.float32]]
-    percentile: Mapping[str, float]
 
     def __post_init__(self) -> None:
         for place, channels in self.amax.items():
-            if not (np.isfinite(channels).all() and np.isfinite(self.percentile[place])):
+            if not np.isfinite(channels).all():
                 raise CalibrationError(
                     f"the activations of {place} were not numbers while they were observed",
                     fix="check the checkpoint's weights, then calibrate again in bf16 or fp32",
@@ -87,7 +86,6 @@ class CalibrationTable:
         from safetensors.numpy import save
 
         tensors = {f"{place}.amax": np.ascontiguousarray(channels) for place, channels in self.amax.items()}
-        tensors |= {f"{place}.percentile": np.array([value], np.float32) for place, value in self.percentile.items()}
         text = json.dumps(asdict(self.conditions), sort_keys=True)
         with staged_file(path) as temporary:
             temporary.write_bytes(save(dict(sorted(tensors.items())), {_KEY: text}))
@@ -99,26 +97,21 @@ class CalibrationTable:
         Raises:
             CalibrationError: There is none, it is damaged, of another schema version, or holds what is no number.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        if not path.is_file():
+        if not path.exists():
             raise CalibrationError(f"there is no calibration table {path}", fix=_AGAIN)
-        try:
-            with safe_open(path, "np") as file:
-                conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
-        amax = {name.removesuffix(".amax"): tensor for name, tensor in tensors.items() if name.endswith(".amax")}
-        missing = [place for place in amax if f"{place}.percentile" not in tensors]
-        if missing:
-            raise CalibrationError(f"{path} is damaged: it has no percentile of {missing[0]}", fix=_AGAIN)
-        return cls(conditions, amax, {place: float(tensors[f"{place}.percentile"][0]) for place in amax})
+        check_regular(path, CalibrationError, fix=_AGAIN, limit=_LARGEST)
+        with reading(path, CalibrationError, fix=_AGAIN), safe_open(path, "np") as file:
+            conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
+            names = [name for name in file.keys() if name.endswith(".amax")]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+            _check_tensors(tensors)
+            return cls(conditions, {name.removesuffix(".amax"): tensor for name, tensor in tensors.items()})
 
     def as_dict(self) -> dict[str, object]:
-        """Return how it came to be, and by place the largest value and the percentile."""
-        places = {place: [float(self.amax[place].max()), self.percentile[place]] for place in sorted(self.amax)}
+        """Return how it came to be, and by place the largest value."""
+        places = {place: float(self.amax[place].max()) for place in sorted(self.amax)}
         return {"conditions": asdict(self.conditions), "places": places}
 
     def require(self, traits: Traits, checkpoint: str, shape: Shape, any_shape: bool) -> None:
@@ -142,19 +135,28 @@ class CalibrationTable:
             )
 
 
+def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raise ValueError unless there is a whole percentile, and one channel or more, for every place, in float32."""
+    if not any(name.endswith(".amax") for name in tensors):
+        raise ValueError("it holds no ranges")
+    for name, tensor in tensors.items():
+        place, _, kind = name.rpartition(".")
+        if kind not in ("amax", "percentile") or tensor.dtype != np.float32 or tensor.ndim != 1 or not tensor.size:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
+        if f"{place}.percentile" not in tensors:
+            raise ValueError(f"it has no percentile of {place}")
+        if (tensor < 0).any():
+            raise ValueError(f"{name} is negative, and is to be a magnitude")
+
+
 def _conditions(path: Path, text: str | None) -> Conditions:
     if text is None:
         raise CalibrationError(f"{path} is no calibration table: its metadata does not say so", fix=_AGAIN)
-    try:
-        raw = msgspec.json.decode(text)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
-            raise CalibrationError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN
-            )
-        return msgspec.convert(raw, Conditions)
-    except msgspec.DecodeError as error:
-        raise CalibrationError(f"{path} is damaged: {error}", fix=_AGAIN) from error
+    raw = msgspec.json.decode(text)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version not in _READ:
+        raise CalibrationError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN)
+    return replace(msgspec.convert(raw, Conditions), schema_version=SCHEMA_VERSION)
 
 
 def describe(table: CalibrationTable) -> str:
@@ -166,14 +168,17 @@ def describe(table: CalibrationTable) -> str:
         [
             f"{told.prompt_count} prompts at {told.shape}, steps {steps} of {told.steps}, guidance scale "
             f"{told.guidance_scale:g}, seed {told.seed}, computed in {told.compute}",
-            f"{len(table.amax)} places; the largest value over percentile {told.percentile:g}, where it is worst:",
-            *(f"  {place}: {table.amax[place].max():.3g}, {_outlier(table, place):.1f} times" for place in widest),
+            f"{len(table.amax)} places; the largest channel over the one in the middle, where it is worst:",
+            *(
+                f"  {safe(place)}: {table.amax[place].max():.3g}, {_outlier(table, place):.1f} times"
+                for place in widest
+            ),
         ]
     )
 
 
 def _outlier(table: CalibrationTable, place: str) -> float:
-    return float(table.amax[place].max()) / max(table.percentile[place], 1e-9)
+    return float(table.amax[place].max()) / max(float(np.median(table.amax[place])), 1e-9)
 
 
 def describe_difference(first: CalibrationTable, second: CalibrationTable) -> tuple[dict[str, object], str]:
@@ -184,8 +189,8 @@ def describe_difference(first: CalibrationTable, second: CalibrationTable) -> tu
     ratios = {place: float(second.amax[place].max() / max(first.amax[place].max(), 1e-9)) for place in shared}
     furthest = sorted(ratios, key=lambda place: -abs(np.log(max(ratios[place], 1e-9))))
     lonely = sorted(first.amax.keys() ^ second.amax.keys())
-    lines = [f"{key}: {old} and {new}" for key, (old, new) in differing.items()]
-    lines += [f"only in one: {place}" for place in lonely[:5]]
-    lines += [f"{place}: {ratios[place]:.3f} times" for place in furthest[:5] if ratios[place] != 1]
+    lines = [safe(f"{key}: {old} and {new}") for key, (old, new) in differing.items()]
+    lines += [f"only in one: {safe(place)}" for place in lonely[:5]]
+    lines += [f"{safe(place)}: {ratios[place]:.3f} times" for place in furthest[:5] if ratios[place] != 1]
     values: dict[str, object] = {"conditions": differing, "ratios": ratios, "only_in_one": lonely}
     return values, "\n".join(lines) or "the two tables are the same"

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders
 from transformers import T5Tokenizer
 
 from cvx_deploy.errors import CheckpointError, OutputError
+from cvx_deploy.reading import SMALL, check_regular, reading
+from cvx_deploy.terminal import no_foreign_lines
 
 _CONFIG = "tokenizer_config.json"
 _VOCABULARIES = ("spiece.model", "tokenizer.json")
@@ -36,16 +38,23 @@ def write_tokenizer_json(tokenizer_dir: Path, destination: Path) -> None:
         OutputError: `destination` cannot be written.
     """
     tokenizer = _load(tokenizer_dir)
+    with reading(tokenizer_dir, CheckpointError, fix=_FIX), no_foreign_lines():
+        backend = _plain(tokenizer)
+    try:
+        destination.write_text(backend.to_str(), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {destination}: {error.strerror}", fix="choose another --output") from error
+
+
+def _plain(tokenizer: T5Tokenizer) -> Tokenizer:
+    """Return a tokenizer's backend, without what the runtime does itself, and with what transformers does besides."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the caller may use the object on
     backend.no_truncation()
     backend.no_padding()
     if tokenizer.clean_up_tokenization_spaces:
         clean_up = [decoders.Replace(text, text.strip()) for text in _CLEAN_UP]
         backend.decoder = decoders.Sequence([backend.decoder, decoders.Fuse(), *clean_up])
-    try:
-        destination.write_text(backend.to_str(), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {destination}: {error.strerror}", fix="choose another --output") from error
+    return backend
 
 
 def _load(folder: Path) -> T5Tokenizer:
@@ -54,13 +63,12 @@ def _load(folder: Path) -> T5Tokenizer:
         raise CheckpointError(f"{folder / _CONFIG} is missing", fix=_FIX)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise CheckpointError(f"{folder} holds neither {' nor '.join(_VOCABULARIES)}", fix=_FIX)
-    try:
+    for name in (_CONFIG, *_VOCABULARIES):
+        if (folder / name).is_file():
+            check_regular(folder / name, CheckpointError, fix=_FIX, limit=SMALL)
+    with reading(folder, CheckpointError, fix=_FIX), no_foreign_lines():
         tokenizer: T5Tokenizer = T5Tokenizer.from_pretrained(str(folder.resolve()), local_files_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # json, protobuf and transformers share no class; a Rust panic is no Exception
-        raise CheckpointError(f"{folder} is damaged: {error}", fix=_FIX) from error
-    _check(folder, tokenizer)
+        _check(folder, tokenizer)
     return tokenizer
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from cvx_deploy.bundle.opened import HASHES
 from cvx_deploy.errors import CheckpointError
+from cvx_deploy.reading import read_whole, reading
 
 _NOTES = Path(".cache", "huggingface", "download")
+_LONGEST_NOTE = 1 << 12
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -47,7 +49,8 @@ class CarriedHashes:
         path = self._root / HASHES
         if not path.is_file():
             return {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        content = read_whole(path, CheckpointError, fix="fetch it again, or remove it")
+        lines = content.decode("utf-8", errors="replace").splitlines()
         sums = [_SUM.fullmatch(line.rstrip()) for line in lines if line.strip()]
         if None in sums:
             raise CheckpointError(
@@ -76,8 +79,10 @@ class CarriedHashes:
         if not path.is_file():
             return None
         try:
-            _, etag, written = path.read_text(encoding="ascii").split()
-            seconds = float(written)
-        except ValueError:  # the hub's own reader disregards such a note, too
+            with reading(path, CheckpointError, fix=""):
+                content = read_whole(path, CheckpointError, fix="", limit=_LONGEST_NOTE)
+                _, etag, written = content.decode("ascii").split()
+                written_ns = int(float(written) * 1e9)
+        except CheckpointError:  # the hub's own reader disregards such a note, too
             return None
-        return CarriedHash(etag, int(seconds * 1e9), path) if _SHA256.fullmatch(etag) else None
+        return CarriedHash(etag, written_ns, path) if _SHA256.fullmatch(etag) else None

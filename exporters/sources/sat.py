@@ -32,6 +32,7 @@ from cvx_deploy.exporters.sources.weights import (
 )
 from cvx_deploy.files import place_file, require_space, staged_directory, sums_of
 from cvx_deploy.progress import Advance, Progress, SilentProgress
+from cvx_deploy.reading import reading
 
 State = dict[str, torch.Tensor]
 
@@ -67,6 +68,7 @@ _TRANSFORMER_LAYERS: Final[tuple[tuple[str, str, int, tuple[int, ...]], ...]] = 
     (r"ofs_embedding\.linear_1", "ofs_embed.0", 1, (0,)),
     (r"ofs_embedding\.linear_2", "ofs_embed.2", 1, (0,)),
 )
+_ADAPTER: Final = re.compile(r"\.matrix_[AB]\.")
 _POSITIONS: Final = "mixins.pos_embed.pos_embedding"
 # What SAT keeps and diffusers computes, or has in other components.
 _UNUSED: Final = {
@@ -111,7 +113,6 @@ def checkpoint_from_sat(
     base: Path,
     output: Path,
     progress: Progress | None = None,
-    shard_bytes: int = FULL_SHARD_BYTES,
 ) -> Path:
     """Write a checkpoint in diffusers layout whose transformer, VAE or both come from SAT files.
 
@@ -121,7 +122,6 @@ def checkpoint_from_sat(
         base: A checkpoint in diffusers layout of the same model, for the configs and everything else.
         output: A folder that does not exist yet, or is empty.
         progress: Shows the weight bytes written.
-        shard_bytes: Weight files get no larger than this.
 
     Returns:
         `output`.
@@ -145,7 +145,7 @@ def checkpoint_from_sat(
         hashes: dict[str, str] = {}
         with progress.task("write weights", sum(network.nbytes for network in networks.values())) as advance:
             for network in networks.values():
-                hashes |= network.write(folder, shard_bytes, advance)
+                hashes |= network.write(folder, advance)
         for file in (*small, *kept):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         for file in small:
@@ -202,12 +202,12 @@ class _Network:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def write(self, folder: Path, shard_bytes: int, advance: Advance) -> dict[str, str]:
+    def write(self, folder: Path, advance: Advance) -> dict[str, str]:
         """Write its weight files and their index, and return the hashes of the former by path."""
         meta = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in self.tensors.items()
         }
-        files, index = split_into_shards(self.component, meta, shard_bytes)
+        files, index = split_into_shards(self.component, meta, FULL_SHARD_BYTES)
         hashes = {}
         for file, names in files.items():
             path = f"{self.component}/{file}"
@@ -223,6 +223,12 @@ class _Network:
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         fix = "use the file and the base checkpoint of the same model"
+        adapters = [key for key in self.state if _ADAPTER.search(key)]
+        if adapters:  # before anything else: beside them every layer has another name, too
+            raise WrongModelError(
+                f"{self.path}: {adapters[0]} is of LoRA training, and no weight of the {self.component}",
+                fix="write the LoRA out with CogVideo's tools/export_sat_lora_weight.py, and export with --lora",
+            )
         for name, source in self.sources.items():
             if source.key not in self.state:
                 raise WrongModelError(f"{self.path} has no {source.key}, which is to become {name}", fix=fix)
@@ -239,11 +245,7 @@ class _Network:
         used = {source.key for source in self.sources.values()}
         for key in self.state:
             if key not in used and not _UNUSED[self.component].fullmatch(key):
-                adapter = ".matrix_A." in key or ".matrix_B." in key
-                raise WrongModelError(
-                    f"{self.path}: {key} has no place in the {self.component}",
-                    fix="write the LoRA out with CogVideo's tools/export_sat_lora_weight.py" if adapter else fix,
-                )
+                raise WrongModelError(f"{self.path}: {key} has no place in the {self.component}", fix=fix)
 
 
 def _transformer_source(name: str) -> _Source:
@@ -270,18 +272,16 @@ def _read(path: Path) -> State:
     """Map a SAT file and return its tensors; what is not a tensor, and is not unpickled safely, is refused."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}", fix="name SAT's .pt file")
-    try:
-        content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, or is damaged, and pickles that can run code are never loaded",
-            fix="save its state dict alone, where it is trusted: torch.save(state_dict, FILE)",
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no file that torch.save has written since version 1.6, or is damaged: {error}".splitlines()[0],
-            fix="fetch it again, or save its state dict anew where it is trusted",
-        ) from error
+    again = "fetch it again, or save its state dict anew where it is trusted"
+    says = "is no file that torch.save has written since version 1.6, or is damaged"
+    with reading(path, CheckpointError, fix=again, says=says):
+        try:
+            content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to load it unsafely
+            raise CheckpointError(
+                f"{path} holds more than tensors, or is damaged, and pickles that can run code are never loaded",
+                fix="save its state dict alone, where it is trusted: torch.save(state_dict, FILE)",
+            ) from error
     for wrapper in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -1,4 +1,4 @@
-"""The GPU's meter, on an NVML of our own: none was at hand."""
+"""What the GPU's meter makes of what NVML tells, on an NVML of our own: none was at hand."""
 
 import os
 import subprocess
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
-
-import pytest
 
 from cvx_deploy.bench.markdown import report
 from cvx_deploy.measure.memory import GpuMeter, MemoryWatch
@@ -21,10 +19,10 @@ class NVMLError(Exception):
 
 @dataclass
 class FakeNvml:
-    """A GPU of which 5,000 bytes are used, 3,000 of them by one process."""
+    """A GPU of which 5,000 bytes are used, 3,000 of them by one process and 1,500 by another."""
 
     pid: int
-    energy: bool = True
+    energy: tuple[int, ...] = ()
     failing: bool = False
     NVMLError: type[Exception] = NVMLError
 
@@ -37,7 +35,8 @@ class FakeNvml:
     def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:  # noqa: N802
         if self.failing:
             raise NVMLError
-        return [SimpleNamespace(pid=self.pid, usedGpuMemory=3000)]
+        others = SimpleNamespace(pid=1, usedGpuMemory=1500)
+        return [others, SimpleNamespace(pid=self.pid, usedGpuMemory=3000)]
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
         return SimpleNamespace(used=5000)
@@ -45,10 +44,11 @@ class FakeNvml:
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
         if not self.energy:
             raise NVMLError
-        return 7000
+        first, *self.energy = self.energy  # type: ignore[assignment]
+        return first
 
 
-def test_memory_is_the_processs_where_nvml_knows_it() -> None:
+def test_memory_is_the_processs_own_among_several() -> None:
     meter = GpuMeter(FakeNvml(pid=os.getpid()), None)
     with MemoryWatch(interval=0.001, gpu=meter) as watch:
         pass
@@ -97,9 +97,28 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize(("offered", "joules"), [(True, 7.0), (False, None)])
-def test_energy_is_none_where_it_is_not_offered(offered: bool, joules: float | None) -> None:
-    assert GpuMeter(FakeNvml(pid=1, energy=offered), None).joules() == joules
+def test_figures_of_one_run_are_never_of_two_kinds() -> None:
+    """A process that NVML lost once and finds again: what others use is not taken for its own."""
+    nvml = FakeNvml(pid=os.getpid())
+    meter = GpuMeter(nvml, None)
+    found = [meter.used(os.getpid())]
+    nvml.pid = -1
+    found.append(meter.used(os.getpid()))
+    nvml.pid = os.getpid()
+    found.append(meter.used(os.getpid()))
+    assert found == [3000, 0, 3000]
+
+
+def test_energy_is_what_a_counter_of_millijoules_grew_by() -> None:
+    meter = GpuMeter(FakeNvml(pid=1, energy=(7_000, 9_500)), None)
+    before, after = meter.joules(), meter.joules()
+    assert before is not None
+    assert after is not None
+    assert after - before == 2.5
+
+
+def test_energy_is_none_where_there_is_no_counter() -> None:
+    assert GpuMeter(FakeNvml(pid=1), None).joules() is None
 
 
 def test_report_shows_what_a_gpu_took() -> None:

@@ -19,6 +19,7 @@ from cvx_deploy import files
 from cvx_deploy.errors import MediaError, OutputError, ShapeError
 from cvx_deploy.media.encoders import VideoFormat
 from cvx_deploy.media.write import check_writable, numbered, open_writer
+from tests.command import spawn, wait_for
 
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
 FORMAT = VideoFormat(FRAMES, HEIGHT, WIDTH, fps=8)
@@ -186,7 +187,8 @@ def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    [(name, "write._publish") for name in NAMES] + [(name, "encoders.as_bytes") for name in NAMES if name != "out.npy"],
+    [(name, "write.VideoWriter._publish") for name in NAMES]
+    + [(name, "encoders.as_bytes") for name in NAMES if name != "out.npy"],
 )
 def test_an_interrupt_at_any_moment_leaves_nothing(
     tmp_path: Path, name: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -469,3 +471,36 @@ def test_a_build_of_pyav_without_the_encoder_is_refused(tmp_path: Path, monkeypa
     check_writable(tmp_path / "out.gif")
     monkeypatch.setattr(av, "codecs_available", {"libopenh264"})
     check_writable(tmp_path / "out.mp4")
+
+
+GROWING = """
+import sys, time
+from cvx_deploy.media.encoders import VideoFormat
+from cvx_deploy.media.write import open_writer
+import numpy as np
+
+with open_writer(sys.argv[1], VideoFormat(9, 16, 16, 8)) as writer:
+    writer.write(np.zeros((5, 16, 16, 3), np.float32))
+    print("growing", file=sys.stderr, flush=True)
+    time.sleep(60)
+"""
+
+
+@every_format
+def test_what_a_killed_run_left_is_swept_up_by_the_next(tmp_path: Path, name: str) -> None:
+    with spawn(GROWING, tmp_path / name) as process:
+        wait_for(process, "growing")
+        process.kill()
+    assert list(tmp_path.iterdir())  # the lock, and what of the video has been written by then
+    write(tmp_path / name, smooth())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@every_format
+def test_two_runs_into_one_place_at_once_are_told_before_the_work(tmp_path: Path, name: str) -> None:
+    with open_writer(tmp_path / name, FORMAT) as writer:
+        writer.write(smooth()[:5])
+        with pytest.raises(OutputError, match="another process is writing"):
+            check_writable(tmp_path / name)
+        writer.write(smooth()[5:])
+    check_writable(tmp_path / name)

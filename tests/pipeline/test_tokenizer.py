@@ -1,5 +1,6 @@
 """The runtime's tokenizer against the tokenizers library's own padding and truncation, without transformers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,11 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     foreign.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(BundleError, match="is not a T5 tokenizer"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_rules_that_would_make_a_prompt_a_million_times_as_long_are_refused(tmp_path: Path) -> None:
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"normalizer": {"type": "Sequence", "normalizers": [rule] * 3}}))
+    with pytest.raises(BundleError, match="too long"):
+        Tokenizer(path)

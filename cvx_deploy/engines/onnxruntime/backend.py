@@ -18,12 +18,15 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
+from cvx_deploy.engines.endable import endable
 from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.weights import mapped_file
-from cvx_deploy.errors import EngineError, OutOfMemoryError
+from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.reading import reading
+from cvx_deploy.terminal import no_foreign_lines, safe
 
 _ERRORS = (
     errors.EPFail,
@@ -35,6 +38,8 @@ _ERRORS = (
     errors.RuntimeException,
     RuntimeError,  # what its bindings raise, for a copy that fails for example
 )
+_SILENT = 4  # what fails is raised, in one line; what ONNX Runtime says of it besides is coloured and long
+onnxruntime.set_default_logger_severity(_SILENT)
 _CUDA = "CUDAExecutionProvider"
 _DEVICE = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN|CURAND|cuDNN) (?:failure|error|is unavailable)")
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of|_ALLOC_FAILED", re.IGNORECASE)
@@ -76,7 +81,10 @@ class OrtSession:
                 binding.bind_ortvalue_input(name, value)
             for name in self._outputs:
                 binding.bind_output(name, self._memory.kind, self._memory.number)
-            self._session.run_with_iobinding(binding)
+            options = onnxruntime.RunOptions()
+            options.log_severity_level = _SILENT
+            call = partial(self._session.run_with_iobinding, binding, options)
+            endable(call, lambda: setattr(options, "terminate", True))
             return dict(zip(self._outputs, binding.get_outputs(), strict=True))
         except _ERRORS as error:
             again = "export the bundle again; if that does not help, report this"
@@ -142,18 +150,27 @@ class OrtBackend:
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
         described = bundle.network(role)
-        stored = bundle.onnx_path(role).read_bytes()
-        on_gpu = self._memory.on_gpu
-        graph = graph_for_cuda(stored, described) if on_gpu else graph_for_cpu(stored, described, sizes)
+        stored = bundle.onnx_bytes(role)
+        with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
+            if self._memory.on_gpu:
+                graph = graph_for_cuda(stored, described)
+            else:
+                graph = graph_for_cpu(stored, described, sizes)
         weights = [mapped_file(bundle, name, self._progress) for name in described.weights]
         options = self._options(role, described, sizes, weights)
         if self._optimized is not None:
             _keep_graph(options, self._optimized / f"{role}.onnx")
         providers = self._memory.providers
         try:
-            session = onnxruntime.InferenceSession(
-                graph, options, providers=providers, enable_fallback=0, disabled_optimizers=_disabled(described)
+            make = partial(
+                onnxruntime.InferenceSession,
+                graph,
+                options,
+                providers=providers,
+                enable_fallback=0,
+                disabled_optimizers=_disabled(described),
             )
+            session = endable(make, lambda: options.set_load_cancellation_flag(True))
         except _ERRORS as error:
             again = "export the bundle again with this version of cvx-deploy"
             other = f"{again}, or with --precision fp16 or fp32, or run it with another --engine"
@@ -201,7 +218,7 @@ class OrtBackend:
         self, role: str, network: Network, sizes: dict[str, int], weights: list[NDArray[np.uint8]]
     ) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # what fails is raised; warnings about the graph say nothing to a user
+        options.log_severity_level = _SILENT
         if self._memory.on_gpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if self._memory.on_gpu or role.startswith("vae"):
@@ -318,7 +335,6 @@ def check_cuda_package() -> None:
 def check_device(device: int) -> None:
     """Make sure, by one small copy, that ONNX Runtime can use a GPU; a session would be made without it and not say."""
     check_cuda_package()
-    onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised, in one line
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed, and prints which it misses
@@ -346,5 +362,5 @@ def _remedy(error: Exception, fix: str) -> str:
 
 def _first_line(error: Exception) -> str:
     """Return the first line of a reason, without the place in ONNX Runtime's sources that it may begin with."""
-    line = str(error).strip().splitlines()[0]
-    return re.sub(r"^\S+\.(?:cc|cu|h):\d+ .*?\) (?=[A-Z])", "", line)
+    line = (str(error).strip().splitlines() or ["it did not say why"])[0]
+    return safe(re.sub(r"^\S+\.(?:cc|cu|h):\d+ .*?\) (?=[A-Z])", "", line), 300)

@@ -14,10 +14,12 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network
 from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.weights import mapped_weights
-from cvx_deploy.errors import EngineError
+from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
+from cvx_deploy.reading import reading
+from cvx_deploy.terminal import no_foreign_lines, safe
 
 _CPU = "CPU"
 _HINTS: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -59,7 +61,7 @@ class OpenVinoSession:
             self._wait()
         except RuntimeError as error:
             again = "export the bundle again; if that does not help, report this"
-            raise EngineError(f"OpenVINO failed in {self._name}: {_reason(error)}", fix=again) from error
+            raise EngineError(f"OpenVINO failed in {self._name}: {_told(error)}", fix=again) from error
         return outputs
 
     def _wait(self) -> None:
@@ -140,7 +142,7 @@ class OpenVinoBackend:
             compiled = self._compiled(model, role, described, sizes)
         except RuntimeError as error:
             again = "export the bundle again with this version of cvx-deploy, or run it with --engine onnxruntime"
-            raise EngineError(f"OpenVINO cannot load {role}: {_reason(error)}", fix=again) from error
+            raise EngineError(f"OpenVINO cannot load {role}: {_told(error)}", fix=again) from error
         return OpenVinoSession(role, described, compiled, weights)
 
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -170,7 +172,8 @@ class OpenVinoBackend:
         """
         import onnx
 
-        proto = onnx.ModelProto.FromString(bundle.onnx_path(role).read_bytes())
+        with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
+            proto = onnx.ModelProto.FromString(bundle.onnx_bytes(role))
         weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))
@@ -203,8 +206,8 @@ def _constant(parameter: Any, stored: NDArray[np.uint8]) -> Any:
     return openvino.op.Constant(openvino.Tensor(stored, shape, kind), shared_memory=True)
 
 
-def _reason(error: RuntimeError) -> str:
+def _told(error: RuntimeError) -> str:
     """Return what OpenVINO says went wrong, without the places in its sources that come before."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (told or lines or ["it did not say why"])[-1]
+    return safe((told or lines or ["it did not say why"])[-1], 300)

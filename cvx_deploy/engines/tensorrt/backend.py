@@ -92,11 +92,6 @@ class TensorRtBackend:
         with suppress(EngineError) if error is not None else nullcontext():
             self.close()
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most device memory that in- and outputs and activations took at once; weights are the library's."""
-        return self._memory.peak
-
     @contextmanager
     def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[TrtSession]:
         """Give a network for the block; see `Backend.load`."""

@@ -15,6 +15,7 @@ import msgspec
 
 from cvx_deploy.engines.tensorrt.kernels import Kernel, Tensor
 from cvx_deploy.errors import EngineError
+from cvx_deploy.reading import reading
 
 SCHEMA_VERSION = 1
 Source = Literal["build messages", "engine inspector"]
@@ -118,10 +119,8 @@ class CompiledPlan:
         Raises:
             EngineError: It is no plan, or another version's.
         """
-        try:
+        with reading("the compiled plan", EngineError, fix=_AGAIN, says="cannot be read"):
             plan = msgspec.json.decode(text, type=cls)
-        except msgspec.MsgspecError as error:
-            raise EngineError(f"the compiled plan cannot be read ({error})", fix=_AGAIN) from error
         if plan.schema_version != SCHEMA_VERSION:
             raise EngineError(
                 f"the compiled plan has schema version {plan.schema_version}, not {SCHEMA_VERSION}", fix=_AGAIN
@@ -217,11 +216,9 @@ def plans_from_inspector(text: str | bytes, targets: Sequence[str] = ()) -> tupl
     Raises:
         EngineError: It is not that JSON, or the engine was not built with detailed profiling verbosity.
     """
-    try:
+    with reading("the engine inspector's answer", EngineError, fix=_AGAIN, says="cannot be read"):
         told = msgspec.json.decode(text, type=dict[str, Any])
         layers = told["Layers"]
-    except (msgspec.MsgspecError, KeyError) as error:
-        raise EngineError(f"the engine inspector's answer cannot be read ({error!r})", fix=_AGAIN) from error
     if not layers or not all(isinstance(layer, dict) and "LayerType" in layer for layer in layers):
         raise EngineError(
             "the engine inspector tells no more than names",

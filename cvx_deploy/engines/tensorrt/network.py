@@ -16,8 +16,10 @@ from cvx_deploy.bundle.schema import Network, dimension
 from cvx_deploy.engines.tensorrt.libraries import Library
 from cvx_deploy.engines.tensorrt.store import Profile
 from cvx_deploy.engines.weights import mapped_weights
-from cvx_deploy.errors import EngineError
+from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.progress import Progress
+from cvx_deploy.reading import reading
+from cvx_deploy.terminal import no_foreign_lines
 
 Attention = Literal["fused", "decomposed", "none"]
 
@@ -45,9 +47,9 @@ class ParsedNetwork:
 
 def onnx_model(bundle: Bundle, name: str) -> onnx.ModelProto:
     """Read one of the bundle's networks; weights outside of its file stay there."""
-    model: onnx.ModelProto = onnx.ModelProto.FromString(
-        bundle.inside(bundle.manifest.networks[name].file.path).read_bytes()
-    )
+    stored = bundle.manifest.networks[name].file
+    with reading(bundle.path / stored.path, BundleError, fix=bundle.remedy), no_foreign_lines():
+        model: onnx.ModelProto = onnx.ModelProto.FromString(bundle.content(stored))
     return model
 
 

@@ -20,6 +20,7 @@ from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
 from cvx_deploy.engines.tensorrt.libraries import EngineKind
 from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.files import sha256_of, staged_file
+from cvx_deploy.reading import read_whole, reading
 
 if TYPE_CHECKING:
     from cvx_deploy.measure.memory import MemoryWatch
@@ -188,8 +189,9 @@ def plans_from_json(text: bytes) -> tuple[CompiledPlan, ...]:
 def _read(path: Path) -> EngineRecord | None:
     """Return the record in a file; None where there is none that can be read."""
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError):
+        with reading(path, EngineError, fix=""):
+            record = msgspec.json.decode(read_whole(path, EngineError, fix=""), type=EngineRecord)
+    except EngineError:
         return None
     return record if record.version == RECORD_VERSION else None
 
@@ -282,7 +284,7 @@ class EngineStore:
             EngineError: It is of another version.
         """
         self._bundle.check_file(record.plan)
-        return plans_from_json(self._bundle.inside(record.plan.path).read_bytes())
+        return plans_from_json(self._bundle.content(record.plan))
 
     def enter(
         self, key: EngineKey, network: str, engine: WrittenEngine, plans: tuple[CompiledPlan, ...]

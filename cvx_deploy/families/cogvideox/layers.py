@@ -13,6 +13,7 @@ import msgspec
 
 from cvx_deploy.errors import RecipeError
 from cvx_deploy.precision import SCHEMES, SchemeName
+from cvx_deploy.reading import read_whole, reading
 
 _LAYERS = {
     "transformer": re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"),
@@ -50,12 +51,10 @@ def excluded_places(words: Collection[str]) -> tuple[str, ...] | None:
 
 
 def _from_file(path: Path) -> list[str]:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Exclusions).exclude
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path} is no list of exclusions: {error}", fix="name a file that cvx-deploy quantize --sensitivity wrote"
-        ) from error
+    fix = "name a file that cvx-deploy quantize --sensitivity wrote"
+    content = read_whole(path, RecipeError, fix=fix)
+    with reading(path, RecipeError, fix=fix, says="is no list of exclusions"):
+        return msgspec.json.decode(content, type=_Exclusions).exclude
 
 
 class _Exclusions(msgspec.Struct):

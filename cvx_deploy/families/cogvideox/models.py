@@ -6,6 +6,7 @@ A checkpoint's own ``config.json`` always wins; `MODELS` says which traits a nam
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cvx_deploy.bounds import LONGEST_SIDE, MOST_FRAMES, MOST_PIXELS, check_video
 from cvx_deploy.errors import ShapeError
 from cvx_deploy.shape import Shape
 
@@ -31,17 +32,16 @@ class Traits:
     ofs: bool
 
     @classmethod
-    def from_transformer_config(cls, config: dict[str, Any]) -> "Traits":
-        """Read the traits from a diffusers ``transformer/config.json``."""
-        out_channels = config.get("out_channels") or config["in_channels"]
-        rotary = bool(config.get("use_rotary_positional_embeddings", False))
-        learned = bool(config.get("use_learned_positional_embeddings", False))
-        return cls(
-            task="image-to-video" if config["in_channels"] == 2 * out_channels else "text-to-video",
-            positions=("rope+learned" if learned else "rope") if rotary else "sincos",
-            patch_size_t=config.get("patch_size_t"),
-            ofs=bool(config.get("ofs_embed_dim")),
-        )
+    def from_transformer_config(cls, config: dict[str, Any], task: Task) -> "Traits":
+        """Read the traits from a diffusers ``transformer/config.json``; the task stands in ``model_index.json``."""
+        return cls(task, positions_of(config), config.get("patch_size_t"), bool(config.get("ofs_embed_dim")))
+
+
+def positions_of(config: dict[str, Any]) -> Positions:
+    """Return which positions a transformer of that ``config.json`` has."""
+    rotary = bool(config.get("use_rotary_positional_embeddings", False))
+    learned = bool(config.get("use_learned_positional_embeddings", False))
+    return ("rope+learned" if learned else "rope") if rotary else "sincos"
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,20 @@ class Limits:
             )
         self._check_size("height", shape.height, self.sample_height)
         self._check_size("width", shape.width, self.sample_width)
+        try:
+            check_video(shape.frames, shape.height, shape.width)
+        except ValueError as error:
+            raise ShapeError(str(error), fix=f"use {self._within_bounds(shape)}") from error
+
+    def _within_bounds(self, shape: "Shape") -> str:
+        """Return the option that makes a shape beyond the bounds smaller."""
+        for axis, size in (("height", shape.height), ("width", shape.width)):
+            if size > LONGEST_SIDE:
+                return f"--{axis} {LONGEST_SIDE // self.spatial * self.spatial}"
+        fitting = min(MOST_FRAMES, MOST_PIXELS // max(shape.height * shape.width, 1)) // self.frame_period
+        if fitting:
+            return f"--frames {fitting * self.frame_period}"
+        return f"--height {LONGEST_SIDE // 4 // self.spatial * self.spatial}"
 
     def _check_size(self, axis: str, size: int, trained: int) -> None:
         if self.fixed_size and size != trained:

@@ -1,11 +1,9 @@
 """How the VAE of CogVideoX is cut: into chunks of frames, and into tiles."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
-import msgspec
-
-from cvx_deploy.bounds import Positive
+from cvx_deploy.bounds import Positive, PositiveFactor
+from cvx_deploy.errors import ShapeError
 from cvx_deploy.shape import Shape
 
 
@@ -22,7 +20,7 @@ class Vae:
         tile_height: Tile size in pixels when tiling is on; `tile_width` likewise.
     """
 
-    scaling_factor: Annotated[float, msgspec.Meta(gt=0)]
+    scaling_factor: PositiveFactor
     invert_scale_latents: bool
     latent_channels: Positive
     spatial: Positive
@@ -74,6 +72,29 @@ def planes(vae: Vae, half: Half, shape: Shape, *, tiled: bool) -> list[tuple[int
     return [(row, column) for row in rows for column in columns]
 
 
+def check_tiles(vae: Vae, half: Half, shape: Shape) -> None:
+    """Make sure that diffusers' tiles join to the frame again.
+
+    diffusers takes strides, overlaps and what it keeps of a tile each as a whole number of pixels or of latents; for
+    some tile sizes these do not go together, and its frames then come out larger or smaller.
+
+    Raises:
+        ShapeError: They do not join to this shape's frames.
+    """
+    decodes = half.downscale == 1
+    scale = vae.spatial if decodes else 1
+    grid = Grid.of(vae, half, shape.height // scale, shape.width // scale)
+    for name, axis, size in (("height", grid.rows, shape.height), ("width", grid.columns, shape.width)):
+        cuts = [min(axis.tile, size // scale - start) for start in axis.starts]
+        made = [cut * vae.spatial if decodes else cut // vae.spatial for cut in cuts]
+        joined = sum(min(axis.keep, length) for length in made)
+        if joined != (size if decodes else size // vae.spatial) or any(cut % half.downscale for cut in cuts):
+            raise ShapeError(
+                f"tiles of {vae.tile_height}x{vae.tile_width} do not join to a {name} of {size}, in diffusers neither",
+                fix="leave out --vae-tiling",
+            )
+
+
 @dataclass(frozen=True)
 class _Axis:
     """How one axis is cut into tiles, in the half's input, and joined again, in its output.
@@ -93,6 +114,8 @@ class _Axis:
     @classmethod
     def of(cls, length: int, tile_input: int, tile_output: int, overlap: float) -> "_Axis":
         stride = int(tile_input * (1 - overlap))
+        if stride < 1:
+            raise ShapeError(f"tiles of {tile_output} do not overlap and go on", fix="leave out --vae-tiling")
         blend = int(tile_output * overlap)
         return cls(tuple(range(0, length, stride)), tile_input, blend, tile_output - blend)
 

@@ -156,9 +156,9 @@ class _Session:
     def io_binding(self) -> "_Binding":
         return _Binding(self.runtime, self._real.io_binding())
 
-    def run_with_iobinding(self, binding: "_Binding") -> None:
+    def run_with_iobinding(self, binding: "_Binding", options: onnxruntime.RunOptions) -> None:
         self.runtime.happened("run")
-        self._real.run_with_iobinding(binding.real)
+        self._real.run_with_iobinding(binding.real, options)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def test_prompts_that_are_not_there_are_refused(tmp_path: Path, tiny: Tiny) -> N
     (tmp_path / "empty").write_text("\n  \n")
     with pytest.raises(PromptError, match="holds no prompts"):
         read_prompts(tmp_path / "empty")
-    with pytest.raises(PromptError, match="cannot read"):
+    with pytest.raises(PromptError, match="cannot be read"):
         read_prompts(tmp_path / "none")
     with pytest.raises(PromptError, match="asked for 65"):
         read_prompts(count=65)

@@ -1,0 +1,48 @@
+"""One long call of an engine that signals can end: it runs beside the main thread, which hears of them."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
+_LISTENING = 0.1  # seconds between two chances for a signal's handler
+
+
+def endable(call: Callable[[], _Result], end: Callable[[], object]) -> _Result:
+    """Return what `call` returns, or raise what it raises.
+
+    Python runs the handlers of signals in its main thread, between two of its own instructions. A call that stays in
+    an engine for minutes would keep them waiting; so the call is made in a thread, and the main thread waits in short
+    pieces.
+
+    Args:
+        call: What takes long, and lets other threads run meanwhile.
+        end: Makes `call` come back soon, from another thread. It is called when a signal's handler raises.
+    """
+    outcome: list[_Result] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="engine", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_LISTENING)
+    except BaseException:
+        end()
+        _wait(thread)
+        raise
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def _wait(thread: threading.Thread) -> None:
+    """Wait until a call that was told to end has ended: what it works on must not go before."""
+    while thread.is_alive():
+        thread.join(_LISTENING)

@@ -1,0 +1,58 @@
+"""Which of a run's options go with which, as data: those that would be ignored are refused."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from cvx_deploy.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What must, or must not, be given beside an option.
+
+    Attributes:
+        option: A field of `RunRequest`, or the name of an option of the command.
+        beside: The other options: without one of them it means nothing, or with them.
+        why: What makes them meaningless together, or apart.
+    """
+
+    option: str
+    beside: tuple[str, ...]
+    why: str
+
+
+MEANINGLESS_BESIDE = (
+    Rule(
+        "from_latents",
+        (
+            *("prompts", "negative_prompt", "image", "video", "strength", "steps", "guidance_scale", "dynamic_cfg"),
+            *("scheduler", "seed", "num_videos", "save_latents", "prompt_cache"),
+        ),
+        "the latents are finished, and only decoded",
+    ),
+    Rule("image", ("video",), "a video starts from one of them"),
+)
+"""Beside `option`, each of `beside` would be ignored."""
+
+MEANINGLESS_WITHOUT = (Rule("strength", ("video",), "it says how much of a video is remade"),)
+"""Unless one of `beside` is given, `option` would be ignored."""
+
+
+def check_combination(given: Collection[str]) -> None:
+    """Raise PromptError where one of the options that are given would be ignored."""
+    for rule in MEANINGLESS_BESIDE:
+        extra = [option for option in rule.beside if option in given]
+        if rule.option in given and extra:
+            words = f"{_flag(extra[0])} beside {_flag(rule.option)}"
+            raise PromptError(f"{words} means nothing: {rule.why}", fix=f"leave out {' and '.join(map(_flag, extra))}")
+    for rule in MEANINGLESS_WITHOUT:
+        if rule.option in given and not set(rule.beside) & set(given):
+            needed = " or ".join(map(_flag, rule.beside))
+            raise PromptError(
+                f"{_flag(rule.option)} means nothing without {needed}: {rule.why}",
+                fix=f"add {needed}, or leave {_flag(rule.option)} out",
+            )
+
+
+def _flag(option: str) -> str:
+    return "--prompt" if option == "prompts" else "--" + option.replace("_", "-")
