@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
+from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.endable import endable
 from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.engines.residency import Policy, Residency, key_of
@@ -41,6 +42,7 @@ _ERRORS = (
 _SILENT = 4  # what fails is raised, in one line; what ONNX Runtime says of it besides is coloured and long
 onnxruntime.set_default_logger_severity(_SILENT)
 _CUDA = "CUDAExecutionProvider"
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _DEVICE = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN|CURAND|cuDNN) (?:failure|error|is unavailable)")
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of|_ALLOC_FAILED", re.IGNORECASE)
 
@@ -192,6 +194,7 @@ class OrtBackend:
     def to_host(self, tensor: onnxruntime.OrtValue) -> NDArray[Any]:
         """Return the tensor's values."""
         try:
+            refuse_bfloat16(tensor.data_type().removeprefix("tensor(").removesuffix(")"))
             array: NDArray[Any] = tensor.numpy()
         except _ERRORS as error:
             _fail("ONNX Runtime cannot copy from the GPU", error, fix=_LIBRARIES)
@@ -310,6 +313,8 @@ class _Memory:
         """Return a tensor that lies here; one that a run put out does so already."""
         if isinstance(tensor, onnxruntime.OrtValue):
             return tensor
+        if tensor.dtype.name == "bfloat16":  # lies on the host, and is copied by the run that takes it
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(np.uint16), _BFLOAT16)
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), self.kind, self.number)
 
 
