@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -63,11 +64,16 @@ MINIATURE = "miniature"
 
 @dataclass(frozen=True)
 class Ours:
-    """A peer that runs a bundle: on which engine, in which precision, with the rewrites or without."""
+    """A peer that runs a bundle: on which engine, in which precision, with the rewrites or without.
+
+    Attributes:
+        guarded: Whether int8 products are kept from overflowing as on a CPU without VNNI, whatever this one is.
+    """
 
     engine: EngineName
     precision: str
     rewrites: tuple[str, ...] | None = None
+    guarded: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,12 @@ PEERS: dict[str, Ours | Eager] = {
     "openvino-fp32": Ours("openvino", "fp32"),
     "openvino-bf16": Ours("openvino", "bf16"),
     "onnxruntime-int8": Ours("onnxruntime", "int8/fp32"),
+    "onnxruntime-int8-guarded": Ours("onnxruntime", "int8/fp32", guarded=True),
     "openvino-int8": Ours("openvino", "int8/fp32"),
 }
 PAIRS = (
     ("onnxruntime-int8", "onnxruntime-fp32"),
+    ("onnxruntime-int8", "onnxruntime-int8-guarded"),
     ("openvino-int8", "openvino-fp32"),
     ("onnxruntime-fp32", "onnxruntime-plain-fp32"),
     ("openvino-fp32", "openvino-plain-fp32"),
@@ -180,7 +188,9 @@ def ours(stack: ExitStack, work: Path, case: Case, peer: Ours) -> Run:
             made = step.run({"timestep": np.array([937], np.int64)})
             inputs |= {name: backend.to_host(value) for name, value in made.items()}
     sizes = {"batch": 1, "latent_height": case.plane[0], "latent_width": case.plane[1]}
-    session = stack.enter_context(backend.load(case.role, sizes))
+    overflows = overflows_in_int8() or peer.guarded
+    with unittest.mock.patch("cvx_deploy.engines.onnxruntime.backend.overflows_in_int8", return_value=overflows):
+        session = stack.enter_context(backend.load(case.role, sizes))
     first = bundle.network(case.role).outputs[0].name
     return lambda: backend.to_host(session.run(inputs)[first])
 
@@ -247,6 +257,8 @@ def fits(peer: str, case: Case) -> bool:
     """Tell whether a peer has anything to show: int8 is the transformer's, and some need instructions of the CPU."""
     from cvx_deploy.engines.openvino.backend import precisions
 
+    if "guarded" in peer and overflows_in_int8():
+        return False  # the other is guarded, too
     if "int8" in peer:
         return case.role == "transformer" and not (peer.startswith("openvino") and overflows_in_int8())
     return "bf16" not in peer or "bf16" in precisions()

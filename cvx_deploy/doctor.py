@@ -208,7 +208,7 @@ def _engines(bundle: Bundle, subject: str, library: Library, gpus: list[Platform
             differs = "; ".join(misfits[0])
             yield Finding("problem", subject, f"{where} does not fit: {differs}", store.remedy(library.kind, gpus))
         elif gpus:
-            yield Finding("ok", subject, f"{where} runs here")
+            yield Finding("ok", subject, f"{where} fits this GPU, its driver and the library")
         else:
             yield Finding("note", subject, f"{where} is whole; there is no GPU here to run it on")
     built = {record.network for record in records}

@@ -15,6 +15,7 @@ from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import MINIATURES
 from tests.command import cvx
 from tests.conftest import Exported
+from tests.engines.onnxruntime.fake_onnxruntime import NO_CUDNN, FakeOnnxRuntime
 
 GPU = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="sm89", memory=25_757_220_864, driver="580.65")
 
@@ -39,7 +40,9 @@ def test_a_sound_machine_and_bundle_have_no_problems(engines: Path) -> None:
     found = diagnose(engines)
     assert not found.problems
     assert of(found, "cvx-deploy") == [Finding("ok", "cvx-deploy", __version__)]
-    assert of(found, "onnxruntime")[0].what == onnxruntime.__version__
+    version, runs = of(found, "onnxruntime")
+    assert version.what == onnxruntime.__version__
+    assert (runs.state, runs.what) == ("ok", "runs fp32 and fp16 bundles on the CPU")
     assert "5b, fp32, 9x" in of(found, "bundle mine")[0].what
     assert {f"bundle {name}" for name in MINIATURES} <= {finding.subject for finding in found.findings}
 
@@ -62,6 +65,28 @@ def test_a_gpu_is_named_with_its_memory_and_driver(engines: Path, monkeypatch: p
     monkeypatch.setattr(doctor, "_gpus", lambda: ([GPU], None))
     (finding,) = of(diagnose(engines), "gpu")
     assert str(finding) == "ok      gpu: NVIDIA GeForce RTX 4090, sm89, 25.8 GB, driver 580.65"
+
+
+def test_a_gpu_without_cudnn_is_not_said_to_run_anything(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeOnnxRuntime(monkeypatch)
+    runs = Finding("ok", "onnxruntime-cuda", "runs bundles on an NVIDIA GPU")
+    assert of(diagnose(engines), "onnxruntime-cuda") == [runs]
+    fake.failures["run"] = NO_CUDNN
+    (finding,) = of(diagnose(engines), "onnxruntime-cuda")
+    assert finding.state == "note"
+    assert "cannot convolve on GPU 0: cuDNN is unavailable" in finding.what
+    assert "cuDNN" in finding.fix
+
+
+def test_an_onnxruntime_that_runs_nothing_is_not_said_to_run(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("an illegal instruction")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
+    found = diagnose(engines)
+    (_, finding) = of(found, "onnxruntime")
+    assert finding.state == "note"
+    assert "cannot convolve on the CPU: an illegal instruction" in finding.what
 
 
 def test_a_full_disk_is_a_problem(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypedDict, TypeGuard
 
 import msgspec
+import numpy as np
 
 from cvx_deploy.bounds import MOST_LATENTS, MOST_VALUES, Factor, Positive, Size, check_video
 from cvx_deploy.errors import BundleError
@@ -21,7 +22,16 @@ READABLE_VERSIONS = (4, 5)
 AGAIN = "export the bundle again; run: cvx-deploy export --help"
 
 
-DType = Literal["float32", "float16", "int64"]
+DType = Literal["float32", "float16", "bfloat16", "int64"]
+
+
+def numpy_dtype(name: DType) -> "np.dtype[Any]":
+    """Return NumPy's type of that name; it has no bfloat16 of its own, and ml_dtypes lends it one."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 _SYMBOL = re.compile(r"([1-9]\d{0,4}\*)?[a-z_]{1,40}")
@@ -34,7 +44,7 @@ class TensorSpec:
 
     Attributes:
         name: Its name in the ONNX graph.
-        dtype: Its element type at the network's boundary (bfloat16 lives inside only).
+        dtype: Its element type at the network's boundary; bfloat16 only of what runs hand on, and the host never reads.
         shape: Sizes, or symbols such as ``batch`` and ``8*latent_height`` where the size is chosen at load time.
         layout: What the axes are, a letter each, such as BFCHW.
     """

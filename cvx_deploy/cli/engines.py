@@ -74,9 +74,6 @@ def _batch(text: str) -> tuple[int, int]:
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fastest, 5 runs fastest.")
 @click.option("--workspace", type=bytes_of, metavar="SIZE", help="Memory a kernel may use for itself, such as 2GB.")
 @click.option(
-    "--version-compatible", is_flag=True, help="Let newer libraries of the same major version run the engines."
-)
-@click.option(
     "--hardware-compatibility",
     type=click.Choice(["none", "ampere-plus", "same-capability"]),
     default="none",
@@ -124,7 +121,8 @@ def build(
     if engine == "onnxruntime":
         return _loaded(bundle, progress)
     library = choose_library(engine, ahead_of_time=bool(targets))
-    request = BuildRequest(targets, platform_here(), networks, batch, BuildSettings(**settings), vae_tiling, force)
+    here = None if targets else platform_here()
+    request = BuildRequest(targets, here, networks, batch, BuildSettings(**settings), vae_tiling, force)
     outcomes, verdicts = [], []
     for outcome in build_engines(library, bundle, request, progress):
         outcomes.append(outcome)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.errors import EngineError
 
 DeviceTensor = Any
 """A tensor as the engine holds it; only the backend that made it looks inside."""
@@ -42,6 +43,15 @@ class Backend(Protocol):
 
     def to_host(self, tensor: DeviceTensor) -> NDArray[Any]:
         """Copy a tensor to the host."""
+
+
+def refuse_bfloat16(dtype: str) -> None:
+    """Raise EngineError for a tensor of bfloat16, which is none that a host reads: NumPy cannot compute with it."""
+    if dtype == "bfloat16":
+        raise EngineError(
+            "a bfloat16 tensor is asked for on the host, and NumPy has no such type",
+            fix="read what the network puts out in float32; bfloat16 are the VAE's caches alone",
+        )
 
 
 @runtime_checkable

@@ -5,12 +5,17 @@ keeps its memory in NumPy arrays and finds leaks.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 
 _INSTALL = 'pip install "cvx-deploy[tensorrt]"'
+
+
+class NoGpuError(EngineError):
+    """This machine has no GPU that a driver shows: nothing is broken, there is none."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Gpu:
     Attributes:
         compute_capability: Such as ``sm89``.
         memory: Bytes.
-        driver: The driver's version, such as ``580.65.06``.
+        driver: The driver's version, such as ``580.65.06``; ``unknown`` where nothing here can ask NVML for it.
     """
 
     name: str
@@ -122,7 +127,7 @@ class CudaPython:
             self._call(call) for call in (self._runtime.cudaDriverGetVersion, self._runtime.cudaRuntimeGetVersion)
         )
         if driver == 0:
-            raise EngineError(
+            raise NoGpuError(
                 "this machine has no NVIDIA driver",
                 fix="install one on a machine with an NVIDIA GPU, or run with --engine onnxruntime",
             )
@@ -160,7 +165,7 @@ class CudaPython:
         self._check_device(device)
         found = self._call(self._runtime.cudaGetDeviceProperties, device)
         name = found.name.decode() if isinstance(found.name, bytes) else found.name
-        return Gpu(name, f"sm{found.major}{found.minor}", int(found.totalGlobalMem), self._driver())
+        return Gpu(name, f"sm{found.major}{found.minor}", int(found.totalGlobalMem), _driver_version())
 
     def _check_device(self, device: int) -> None:
         count = self.count()
@@ -168,18 +173,6 @@ class CudaPython:
             raise EngineError(
                 f"there is no GPU {device}: this machine shows {count}", fix=f"use devices 0 to {count - 1}"
             )
-
-    def _driver(self) -> str:
-        """Return the driver's own version; only NVML tells it."""
-        from cuda.bindings import nvml
-
-        try:
-            nvml.init_v2()
-            return str(nvml.system_get_driver_version())
-        except Exception as error:  # each of NVML's errors is a class of its own
-            raise EngineError(
-                f"the driver does not tell its version ({error})", fix="see whether nvidia-smi works, and mend that"
-            ) from error
 
     def use(self, device: int) -> None:
         """See `Cuda.use`."""
@@ -282,7 +275,7 @@ _STATED: dict[str, Callable[[], EngineError]] = {
         "the NVIDIA driver is missing or older than this CUDA runtime",
         fix="update the driver, or install the cuda-python that belongs to it",
     ),
-    "cudaErrorNoDevice": lambda: EngineError(
+    "cudaErrorNoDevice": lambda: NoGpuError(
         "the NVIDIA driver shows no GPU",
         fix="see what nvidia-smi says, and whether CUDA_VISIBLE_DEVICES hides it",
     ),
@@ -319,6 +312,28 @@ _STATED: dict[str, Callable[[], EngineError]] = {
         fix="build it for this one; cvx-deploy doctor says what it is",
     ),
 }
+
+
+def _driver_version() -> str:
+    """Return the driver's own version, which NVML alone tells; not every cuda-bindings brings NVML along."""
+    for ask in (_driver_version_by_bindings, _driver_version_by_pynvml):
+        with suppress(Exception):  # ImportError, or one of NVML's, each of which is a class of its own
+            return ask()
+    return "unknown"
+
+
+def _driver_version_by_bindings() -> str:
+    from cuda.bindings import nvml
+
+    nvml.init_v2()
+    return str(nvml.system_get_driver_version())
+
+
+def _driver_version_by_pynvml() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlSystemGetDriverVersion())
 
 
 def _version(number: int) -> str:

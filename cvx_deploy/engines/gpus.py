@@ -6,9 +6,9 @@ against those papers, or against a measurement. Check the row of a GPU before a 
 Peaks are dense (without 2:4 sparsity) at boost clock, in TFLOP/s, and for half types and fp8 those with float32
 accumulation, which GeForce cards run at half the rate. The papers, all NVIDIA's: the architectures Turing T4 (2018),
 Ampere A100 (2020), Ampere GA102 (2021), Ada (2023), Hopper H100 (2023), RTX Blackwell (2025) and RTX PRO Blackwell
-(2025), and the data sheets of A10G's sibling A10, H200, L4, L40S and RTX 6000 Ada. Where a paper lists only the larger
-cards of a family, figures follow from cores, clock and the family's rate. Cloud and board makers may clock lower; no
-kernel reaches a peak.
+(2025), and the data sheets of A10G's sibling A10, H100 NVL, H200, L4, L40S and RTX 6000 Ada. Where a paper lists only
+the larger cards of a family, figures follow from cores, clock and the family's rate. Cloud and board makers may clock
+lower; no kernel reaches a peak.
 """
 
 import difflib
@@ -78,7 +78,9 @@ GPUS: tuple[Gpu, ...] = (
     _gpu("L4", 89, 24, 300, 121, 242, 242, 30.3),
     _gpu("L40S", 89, 48, 864, 362, 733, 733, 91.6),
     _gpu("H100 PCIe", 90, 80, 2039, 756, 1513, 1513, 51),
+    _gpu("H100 NVL", 90, 93.6, 3938, 835, 1671, 1671, 60),
     _gpu("H100 SXM", 90, 80, 3352, 989, 1979, 1979, 67),
+    _gpu("H200 NVL", 90, 131.3, 4800, 835, 1671, 1671, 60),
     _gpu("H200", 90, 131.3, 4800, 989, 1979, 1979, 67),  # 141 GB of a thousand to the power of three
     _gpu("RTX 5070 Ti", 120, 16, 896, 87.9, 351.5, 175.8, 43.9),
     _gpu("RTX 5080", 120, 16, 960, 112.6, 450.2, 225.1, 56.3),

@@ -115,8 +115,7 @@ def gpu_needs(
     """
     weights, item = weight_bytes(architecture, precision), item_bytes(precision)
     state = architecture.decoder_state(shape)
-    # At the boundary of a network that computes in bf16, NumPy's float32 stands for it.
-    state_item = 2 if computes_in(precision, native) == "fp16" else 4
+    state_item = 4 if computes_in(precision, native) == "fp32" else 2
     scores = 2 * _scores(architecture, shape, batch) if precision == "fp32" else 0  # no fused attention kernel
     return {
         "text_encoder": Needs(weights["text_encoder"], _units(_GPU_TEXT, _text_unit(architecture, item))),

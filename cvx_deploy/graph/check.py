@@ -27,7 +27,7 @@ _STORED: dict[str, tuple[str, float]] = {
 }
 """ONNX type to the safetensors name of the same, and its bytes; two INT4 lie in one byte, which has no other name."""
 
-_BOUNDARY = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64"}
+_BOUNDARY = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
 _LARGEST = (1 << 31) - 1  # bytes that a protobuf may have
 _LONGEST = 400  # characters of what onnx says of one graph
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.bundle.schema import Network
+from cvx_deploy.bundle.schema import Network, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -55,7 +55,14 @@ class Widened(Bundle):
 
 
 def _in_fp32(network: Network) -> Network:
-    return replace(network, precision="fp32") if network.precision == "bf16" else network
+    if network.precision != "bf16":
+        return network
+    inputs, outputs = (tuple(map(_spec_in_fp32, specs)) for specs in (network.inputs, network.outputs))
+    return replace(network, precision="fp32", inputs=inputs, outputs=outputs)
+
+
+def _spec_in_fp32(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
 
 
 def widen(model: "onnx.ModelProto") -> None:
@@ -72,6 +79,9 @@ def widen(model: "onnx.ModelProto") -> None:
     casts = [_cast_weight(tensor) for tensor in model.graph.initializer if tensor.data_type == _BF16]
     del model.graph.value_info[:]  # what the graph's own types follow from stays
     _widen_nodes(model.graph.node)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == _BF16:
+            value.type.tensor_type.elem_type = _FP32
     for function in model.functions:
         del function.value_info[:]
         _widen_nodes(function.node)

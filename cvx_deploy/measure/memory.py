@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -21,7 +21,7 @@ class Sample:
         moment: On the system's monotonic clock, in seconds.
         resident: Bytes of host memory, mapped files included.
         private: Without what can be dropped and read again, as mapped weights can.
-        gpu: Bytes of GPU memory; None without a GPU.
+        gpu: Bytes of GPU memory; None without a GPU, or where NVML failed at that moment.
     """
 
     moment: float
@@ -31,13 +31,18 @@ class Sample:
 
 
 class GpuMeter:
-    """A GPU's memory and energy, through NVML."""
+    """A GPU's memory and energy, through NVML.
+
+    Attributes:
+        method: How memory is counted: of the process as soon as NVML has named one of this program's own, as it does
+            not within some containers.
+    """
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
         self.name = str(nvml.nvmlDeviceGetName(handle))
         self.driver = str(nvml.nvmlSystemGetDriverVersion())
-        self.method = _ONE_PROCESS
+        self.method = _WHOLE_GPU
 
     @classmethod
     def open(cls, device: int = 0) -> "GpuMeter | None":
@@ -52,14 +57,21 @@ class GpuMeter:
         except nvml.NVMLError:
             return None
 
-    def used(self, pid: int) -> int:
-        """Return the bytes that a process uses; those of the whole GPU from the first time NVML does not know it."""
-        if self.method == _ONE_PROCESS:
-            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
-                if process.pid == pid and process.usedGpuMemory:
-                    return int(process.usedGpuMemory)
-            self.method = _WHOLE_GPU
-        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+    def used(self, pid: int) -> int | None:
+        """Return the bytes that a process uses, or all that are used until NVML names processes of this program.
+
+        A process that has not begun to use the GPU uses 0. None where NVML fails, which it may do now and then.
+        """
+        try:
+            named = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            used = {process.pid: int(process.usedGpuMemory) for process in named if process.usedGpuMemory}
+            if self.method == _WHOLE_GPU and not used.keys().isdisjoint(_own_processes(pid)):
+                self.method = _ONE_PROCESS
+            if self.method == _ONE_PROCESS:
+                return used.get(pid, 0)
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        except self._nvml.NVMLError:
+            return None
 
     def joules(self) -> float | None:
         """Return what the GPU has used since its driver was loaded; None where it does not say."""
@@ -67,6 +79,11 @@ class GpuMeter:
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
         except self._nvml.NVMLError:
             return None
+
+
+def _own_processes(pid: int) -> set[int]:
+    """Return a process, this one, and all that it has started."""
+    return {pid, os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
 
 
 class MemoryWatch:
@@ -108,9 +125,16 @@ class MemoryWatch:
         while not done:
             done = self._done.wait(0 if not self.samples else self._interval)
             try:
-                self.samples.append(self._sample())
+                self._take()
             except psutil.NoSuchProcess:
                 return
+
+    def _take(self) -> None:
+        before = None if self._gpu is None else self._gpu.method
+        sample = self._sample()
+        if self._gpu is not None and self._gpu.method != before:  # until now others' memory was counted as well
+            self.samples = [replace(earlier, gpu=0) for earlier in self.samples]
+        self.samples.append(sample)
 
     def _sample(self) -> Sample:
         memory = self._process.memory_info()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.bundle.schema import Network
+from cvx_deploy.bundle.schema import Network, numpy_dtype
 from cvx_deploy.engines.backend import Backend
 
 if TYPE_CHECKING:
@@ -139,10 +139,24 @@ def _frames(network: Network) -> int:
 
 def run_cases(backend: Backend, role: str, cases: list[Case]) -> Iterator[tuple[Case, Arrays]]:
     """Run a network on its cases, and yield what it puts out; it is loaded once for each of its sizes."""
-    types = {spec.name: spec.dtype for spec in backend.bundle.network(role).inputs}
+    described = backend.bundle.network(role)
+    types = {spec.name: numpy_dtype(spec.dtype) for spec in described.inputs}
+    kept = {spec.name for spec in described.outputs if spec.dtype == "bfloat16"}
     for sizes in {tuple(case.sizes.items()): case.sizes for case in cases}.values():
         with backend.load(role, sizes) as session:
             for case in cases:
                 if case.sizes == sizes:
                     outputs = session.run({name: array.astype(types[name]) for name, array in case.inputs.items()})
-                    yield case, {name: np.array(backend.to_host(value)) for name, value in outputs.items()}
+                    yield (
+                        case,
+                        {
+                            name: np.array(backend.to_host(value))
+                            for name, value in outputs.items()
+                            if name not in kept or _is_float32(value)
+                        },
+                    )
+
+
+def _is_float32(value: Any) -> bool:
+    """Whether a value that passes as bfloat16 elsewhere is float32 here, as eager PyTorch's are."""
+    return isinstance(value, np.ndarray) and value.dtype == np.float32

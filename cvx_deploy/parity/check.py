@@ -261,7 +261,7 @@ class _Climb:
 
     def _judge(self, rung: Rung, view: Bundle, role: str, case: Case, found: Arrays, expected: Arrays) -> None:
         """Add what was found of one run of a network to a rung."""
-        every = [difference(name, found[name], array) for name, array in expected.items()]
+        every = [difference(name, found[name], array) for name, array in expected.items() if name in found]
         worst = max(every, key=lambda one: one.relative_l2)
         limits = self._limits(rung, view.network(role))
         broken = () if limits is None else tuple(line for one in every for line in one.beyond(limits))

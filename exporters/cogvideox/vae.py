@@ -27,6 +27,7 @@ from cvx_deploy.exporters.tracing.copies import Kinds
 from cvx_deploy.precision import Precision
 
 Cache = dict[str, Any]
+_STATE_TYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class PlainConv3d(torch.nn.Conv3d):
@@ -83,7 +84,10 @@ class VaeChunk(torch.nn.Module):
         self.keep_cache = keep_cache
 
     def forward(self, *sample_and_caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Take a chunk ``(B, C, F, H, W)`` and the state; return its output in float32, then the next chunk's state."""
+        """Take a chunk ``(B, C, F, H, W)`` and the state; return its output in float32, then the next chunk's state.
+
+        State passes in the type the network computes in: it never leaves the engine.
+        """
         sample, *caches = sample_and_caches
         dtype = next(self.coder.parameters()).dtype
         sample = sample.to(dtype)
@@ -94,8 +98,7 @@ class VaeChunk(torch.nn.Module):
         if self.after is not None:
             output = self.after(output)
         kept = flatten_cache(cache).values() if self.keep_cache else ()
-        boundary = torch.float16 if dtype == torch.float16 else torch.float32
-        return (output.float(), *(tensor.to(boundary) for tensor in kept))
+        return (output.float(), *(tensor.to(dtype) for tensor in kept))
 
 
 class VaeContract(NetworkContract):
@@ -187,7 +190,7 @@ class VaeContract(NetworkContract):
 
     def _state_spec(self, prefix: str, path: str) -> TensorSpec:
         channels, frames, scale = self._cache_shapes[path]
-        dtype: DType = "float16" if self.precision == "fp16" else "float32"
+        dtype = _STATE_TYPES[self.precision]
         return TensorSpec(f"{prefix}.{path}", dtype, (1, channels, frames, *self._plane(scale)), "BCFHW")
 
     def _probe(self) -> dict[str, tuple[int, int, int]]:

@@ -148,7 +148,7 @@ class EagerSession:
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the network once."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device()) for name, array in inputs.items()}
+        tensors = {name: _tensor(array).to(device()) for name, array in inputs.items()}
         with torch.inference_mode():
             outputs = _RUNS[self._role.partition("_")[0]](self, tensors)
         names = [spec.name for spec in self._described.outputs]
@@ -368,6 +368,12 @@ def _call(bundle: Bundle, wish: Wish) -> dict[str, Any]:
         "generator": torch.Generator().manual_seed(wish.seed),
         **source,
     }
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    """Return values as a tensor; float32 stands for bfloat16, which PyTorch does not take from NumPy."""
+    wide = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    return torch.from_numpy(np.ascontiguousarray(wide))
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

@@ -20,6 +20,7 @@ TORCH_DTYPES = {
     "bf16": torch.bfloat16,
     "float32": torch.float32,
     "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
     "int64": torch.int64,
 }
 

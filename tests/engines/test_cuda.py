@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cvx_deploy.engines import cuda as cuda_module
-from cvx_deploy.engines.cuda import CudaPython
+from cvx_deploy.engines.cuda import CudaPython, Gpu
+from cvx_deploy.engines.tensorrt.platforms import platform_here
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 
 runtime = pytest.importorskip("cuda.bindings.runtime")
@@ -101,6 +102,43 @@ def test_a_device_that_is_not_there_is_stated(monkeypatch: pytest.MonkeyPatch) -
     driver(monkeypatch, cudaGetDeviceCount=2)
     with pytest.raises(EngineError, match="no GPU 2: this machine shows 2"):
         CudaPython().gpu(2)
+
+
+def without_nvml(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let modules be missing, as ``cuda.bindings.nvml`` is before cuda-bindings 13.2."""
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(sys.modules["cuda.bindings"], "nvml", raising=False)
+
+
+def properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name=b"NVIDIA H100 80GB HBM3", major=9, minor=0, totalGlobalMem=80 * 2**30)
+    driver(monkeypatch, cudaGetDeviceProperties=found)
+
+
+def test_a_driver_whose_version_nothing_tells_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties(monkeypatch)
+    without_nvml(monkeypatch, "cuda.bindings.nvml", "pynvml")
+    assert CudaPython().gpu(0) == Gpu("NVIDIA H100 80GB HBM3", "sm90", 80 * 2**30, "unknown")
+
+
+def test_without_nvml_in_the_bindings_nvidia_ml_py_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties(monkeypatch)
+    without_nvml(monkeypatch, "cuda.bindings.nvml")
+    pynvml = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "580.65.06")
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    assert CudaPython().gpu(0).driver == "580.65.06"
+
+
+def test_only_a_machine_that_shows_no_gpu_counts_as_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch, cudaGetDeviceCount=(Error.cudaErrorNoDevice, None))
+    assert platform_here() is None
+    driver(monkeypatch, cudaDriverGetVersion=12040)
+    with pytest.raises(EngineError, match="driver is too old"):
+        platform_here()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(EngineError, match="needs the package cuda-python"):
+        platform_here()
 
 
 def test_device_memory_that_is_full_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

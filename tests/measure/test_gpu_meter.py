@@ -1,6 +1,9 @@
 """What the GPU's meter makes of what NVML tells, on an NVML of our own: none was at hand."""
 
 import os
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,7 @@ class FakeNvml:
 
     pid: int
     energy: tuple[int, ...] = ()
+    failing: bool = False
     NVMLError: type[Exception] = NVMLError
 
     def nvmlDeviceGetName(self, handle: Any) -> str:  # noqa: N802
@@ -29,6 +33,8 @@ class FakeNvml:
         return "580.1"
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:  # noqa: N802
+        if self.failing:
+            raise NVMLError
         others = SimpleNamespace(pid=1, usedGpuMemory=1500)
         return [others, SimpleNamespace(pid=self.pid, usedGpuMemory=3000)]
 
@@ -56,8 +62,43 @@ def test_memory_is_the_whole_gpus_where_it_does_not_and_the_method_says_so() -> 
     assert meter.method.startswith("NVML, all that is used on the GPU")
 
 
+def test_a_process_that_has_not_begun_to_use_the_gpu_uses_nothing_and_spoils_nothing() -> None:
+    meter = GpuMeter(FakeNvml(pid=os.getpid()), None)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        assert meter.used(other.pid) == 0, "NVML names this process, which started it"
+        other.kill()
+    assert meter.used(os.getpid()) == 3000
+    assert meter.method == "NVML, of the process"
+
+
+def test_samples_from_before_a_process_is_named_do_not_count_what_others_use() -> None:
+    nvml = FakeNvml(pid=-1)
+    with MemoryWatch(interval=0.001, gpu=GpuMeter(nvml, None)) as watch:
+        wait_for(lambda: bool(watch.samples))
+        nvml.pid = os.getpid()
+    assert {sample.gpu for sample in watch.samples} == {0, 3000}
+
+
+def test_an_error_of_nvml_costs_a_sample_and_not_the_series() -> None:
+    nvml = FakeNvml(pid=os.getpid(), failing=True)
+    with MemoryWatch(interval=0.001, gpu=GpuMeter(nvml, None)) as watch:
+        wait_for(lambda: bool(watch.samples))
+        nvml.failing = False
+        wait_for(lambda: watch.samples[-1].gpu is not None)
+    assert watch.samples[0].gpu is None or watch.samples[0].gpu == 0
+    assert watch.samples[-1].gpu == 3000
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something holds, or fail after a while."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_figures_of_one_run_are_never_of_two_kinds() -> None:
-    """A process that NVML lost once and finds again: from then on all samples are of the whole GPU."""
+    """A process that NVML lost once and finds again: what others use is not taken for its own."""
     nvml = FakeNvml(pid=os.getpid())
     meter = GpuMeter(nvml, None)
     found = [meter.used(os.getpid())]
@@ -65,7 +106,7 @@ def test_figures_of_one_run_are_never_of_two_kinds() -> None:
     found.append(meter.used(os.getpid()))
     nvml.pid = os.getpid()
     found.append(meter.used(os.getpid()))
-    assert found == [3000, 5000, 5000]
+    assert found == [3000, 0, 3000]
 
 
 def test_energy_is_what_a_counter_of_millijoules_grew_by() -> None:

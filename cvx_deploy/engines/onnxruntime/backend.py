@@ -18,11 +18,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
+from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.endable import endable
+from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.weights import mapped_file
 from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
-from cvx_deploy.graph.tiled_attention import attend_in_tiles, holds_large_scores
+from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.reading import reading
 from cvx_deploy.terminal import no_foreign_lines, safe
@@ -40,10 +42,13 @@ _ERRORS = (
 _SILENT = 4  # what fails is raised, in one line; what ONNX Runtime says of it besides is coloured and long
 onnxruntime.set_default_logger_severity(_SILENT)
 _CUDA = "CUDAExecutionProvider"
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+_DEVICE = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN|CURAND|cuDNN) (?:failure|error|is unavailable)")
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of|_ALLOC_FAILED", re.IGNORECASE)
 
-_EXACT = {"int8": ("session.x64quantprecision", "1")}
-"""For int8: no sums in 16 bits, which overflow on x86 without VNNI. For weights alone it breaks the graph."""
+_EXACT = ("session.x64quantprecision", "1")
+"""For int8 on a CPU that sums in 16 bits, which overflow: products another way, at 1.7 of the time. For weights alone
+it breaks the graph."""
 _EXACT_WEIGHTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 """Where weights alone are quantized, activations stay float32; by default they are quantized as well, to int8."""
 
@@ -119,7 +124,8 @@ class OrtBackend:
         optimized: Path | None = None,
     ) -> None:
         if device is not None:
-            _check_device(device)
+            check_device(device)
+            _check_quantization(bundle)
         else:
             _check_precision(bundle, reference=reference)
         self.bundle = bundle
@@ -146,12 +152,14 @@ class OrtBackend:
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
         described = bundle.network(role)
-        graph = bundle.onnx_bytes(role)
-        if not self._memory.on_gpu and holds_large_scores(described, sizes):
-            with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
-                graph = attend_in_tiles(graph)
+        stored = bundle.onnx_bytes(role)
+        with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
+            if self._memory.on_gpu:
+                graph = graph_for_cuda(stored, described)
+            else:
+                graph = graph_for_cpu(stored, described, sizes)
         weights = [mapped_file(bundle, name, self._progress) for name in described.weights]
-        options = self._options(described, sizes, weights)
+        options = self._options(role, described, sizes, weights)
         if self._optimized is not None:
             _keep_graph(options, self._optimized / f"{role}.onnx")
         providers = self._memory.providers
@@ -173,6 +181,7 @@ class OrtBackend:
             raise EngineError(f"ONNX Runtime would run {role} on the CPU: it cannot use CUDA here", fix=_LIBRARIES)
         if self._memory.on_gpu:
             self._note_what_stays(role, session)
+            self._note_what_is_widened(role, described)
         return OrtSession(role, described, session, self._memory, weights)
 
     def to_device(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
@@ -185,6 +194,7 @@ class OrtBackend:
     def to_host(self, tensor: onnxruntime.OrtValue) -> NDArray[Any]:
         """Return the tensor's values."""
         try:
+            refuse_bfloat16(tensor.data_type().removeprefix("tensor(").removesuffix(")"))
             array: NDArray[Any] = tensor.numpy()
         except _ERRORS as error:
             _fail("ONNX Runtime cannot copy from the GPU", error, fix=_LIBRARIES)
@@ -199,17 +209,30 @@ class OrtBackend:
             every = sum(len(nodes) for _, nodes in assigned)
             self._progress.note(f"note: the CPU runs {here.total()} of the {every} operators of {role}: {kinds}")
 
+    def _note_what_is_widened(self, role: str, network: Network) -> None:
+        """Tell that few bits save no time on CUDA: quantized layers are multiplied in the type around them."""
+        if network.quantization is not None:
+            self._progress.note(
+                f"note: ONNX Runtime multiplies the {network.quantization.scheme} layers of {role} in "
+                f"{network.precision} on a GPU; --engine tensorrt and tensorrt-rtx multiply in few bits"
+            )
+
     def _options(
-        self, network: Network, sizes: dict[str, int], weights: list[NDArray[np.uint8]]
+        self, role: str, network: Network, sizes: dict[str, int], weights: list[NDArray[np.uint8]]
     ) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SILENT
         if self._memory.on_gpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if self._memory.on_gpu or role.startswith("vae"):
+            options.enable_mem_pattern = False  # one block for a whole run, laid out once: larger than what is needed
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if network.quantization is not None:
-            options.add_session_config_entry(*_EXACT.get(network.quantization.scheme, _EXACT_WEIGHTS))
+            if network.quantization.scheme != "int8":
+                options.add_session_config_entry(*_EXACT_WEIGHTS)
+            elif overflows_in_int8():
+                options.add_session_config_entry(*_EXACT)
         symbols = {size for spec in network.inputs for size in spec.shape if isinstance(size, str)}
         for symbol in sorted(symbols):
             options.add_free_dimension_override_by_name(symbol, dimension(symbol, sizes))
@@ -248,6 +271,17 @@ def _check_precision(bundle: Bundle, *, reference: bool) -> None:
         )
 
 
+def _check_quantization(bundle: Bundle) -> None:
+    """Raise EngineError for what CUDA has no kernels for: quantized layers in a network that computes in bf16."""
+    networks = bundle.manifest.networks.items()
+    for name, network in networks:
+        if network.quantization is not None and network.precision == "bf16":
+            raise EngineError(
+                f"{name} of {bundle.path} is quantized and computes in bf16: ONNX Runtime has no CUDA kernels for it",
+                fix=f"export with --precision {network.quantization.scheme}/fp16, or run it with --engine tensorrt",
+            )
+
+
 class _Memory:
     """Where the tensors of a backend lie, and what computes there.
 
@@ -279,6 +313,8 @@ class _Memory:
         """Return a tensor that lies here; one that a run put out does so already."""
         if isinstance(tensor, onnxruntime.OrtValue):
             return tensor
+        if tensor.dtype.name == "bfloat16":  # lies on the host, and is copied by the run that takes it
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(np.uint16), _BFLOAT16)
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), self.kind, self.number)
 
 
@@ -301,7 +337,7 @@ def check_cuda_package() -> None:
         raise EngineError(f"onnxruntime-gpu {onnxruntime.__version__} is too old", fix=_LIBRARIES)
 
 
-def _check_device(device: int) -> None:
+def check_device(device: int) -> None:
     """Make sure, by one small copy, that ONNX Runtime can use a GPU; a session would be made without it and not say."""
     check_cuda_package()
     said = io.StringIO()
@@ -319,7 +355,14 @@ def _fail(what: str, error: Exception, *, fix: str) -> NoReturn:
     """State what ONNX Runtime raised, with the first line of its reason."""
     if _OUT_OF_MEMORY.search(str(error)):
         raise OutOfMemoryError(f"{what}, out of memory: {_first_line(error)}", fix=_SMALLER) from error
-    raise EngineError(f"{what}: {_first_line(error)}", fix=fix) from error
+    raise EngineError(f"{what}: {_first_line(error)}", fix=_remedy(error, fix)) from error
+
+
+def _remedy(error: Exception, fix: str) -> str:
+    """Return what helps: nothing that is exported again where a device or ONNX Runtime itself failed."""
+    if _DEVICE.search(str(error)):
+        return _LIBRARIES
+    return "report this with the model's name, and what cvx-deploy doctor says" if type(error) is RuntimeError else fix
 
 
 def _first_line(error: Exception) -> str:

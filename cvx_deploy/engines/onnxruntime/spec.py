@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cvx_deploy.engines.spec import EngineOptions, EngineSpec, Needed, Probe
@@ -33,10 +34,12 @@ def _open_on_gpu(
 ) -> "Iterator[OrtBackend]":
     from cvx_deploy.engines.cuda import CudaPython
     from cvx_deploy.engines.onnxruntime.backend import OrtBackend, check_cuda_package
+    from cvx_deploy.engines.onnxruntime.convolution import check_convolution
 
     check_cuda_package()
     CudaPython().gpu(options.device)  # says of a driver or a device that is missing what ONNX Runtime does not
     backend = OrtBackend(bundle, None, progress, options.device, residency=options.residency)
+    check_convolution(options.device)  # or a missing cuDNN would show after the prompt, or after all denoising
     try:
         yield backend
     finally:
@@ -49,14 +52,18 @@ def _version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _probe_gpu() -> Probe:
-    from cvx_deploy.engines.onnxruntime.backend import check_cuda_package
+def _probe(device: int | None) -> Probe:
+    """Tell what was seen to work: nothing is said to run before something ran."""
+    from cvx_deploy.engines.onnxruntime.backend import check_device
+    from cvx_deploy.engines.onnxruntime.convolution import check_convolution
 
     try:
-        check_cuda_package()
+        if device is not None:
+            check_device(device)
+        check_convolution(device)
     except EngineError as error:
         return Probe(False, error.what, error.fix)
-    return Probe(True, "runs bundles on an NVIDIA GPU")
+    return Probe(True, "runs fp32 and fp16 bundles on the CPU" if device is None else "runs bundles on an NVIDIA GPU")
 
 
 def _obstacle_on_cpu(manifest: "Manifest") -> str:
@@ -71,7 +78,7 @@ CPU = EngineSpec(
     compiled=False,
     takes=frozenset({"threads"}),
     version=_version,
-    probe=lambda: Probe(True, "runs fp32 and fp16 bundles on the CPU"),
+    probe=partial(_probe, None),
     obstacle=_obstacle_on_cpu,
     open=_open_on_cpu,
 )
@@ -81,7 +88,7 @@ CUDA = EngineSpec(
     compiled=False,
     takes=frozenset({"device"}),
     version=_version,
-    probe=_probe_gpu,
+    probe=partial(_probe, 0),
     obstacle=lambda _: "",
     open=_open_on_gpu,
 )

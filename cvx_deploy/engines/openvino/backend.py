@@ -11,7 +11,8 @@ import openvino
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.bundle.schema import Network
+from cvx_deploy.bundle.schema import Network, numpy_dtype
+from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import BundleError, EngineError
@@ -38,10 +39,12 @@ class OpenVinoSession:
 
     def __init__(self, name: str, network: Network, compiled: openvino.CompiledModel, weights: _Weights) -> None:
         self._name = name
-        wanted = {spec.name for spec in network.outputs}
+        types = {spec.name: numpy_dtype(spec.dtype) for spec in network.outputs}
+        wanted = types.keys()
         self._weights = weights  # OpenVINO does not hold on to the maps whose bytes it reads
         self._outputs = {
-            next(iter(wanted & out.names)): (tuple(out.shape), out.element_type.to_dtype()) for out in compiled.outputs
+            next(iter(wanted & out.names)): (tuple(out.shape), types[next(iter(wanted & out.names))])
+            for out in compiled.outputs
         }  # a tensor can have other names besides
         self._request = compiled.create_infer_request()
 
@@ -56,7 +59,7 @@ class OpenVinoSession:
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()} | outputs
         try:
             for name, array in arrays.items():
-                self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+                self._request.set_tensor(name, _shared(array))
             self._request.start_async()
             self._wait()
         except RuntimeError as error:
@@ -151,6 +154,7 @@ class OpenVinoBackend:
 
     def to_host(self, tensor: NDArray[Any]) -> NDArray[Any]:
         """Return the tensor's values."""
+        refuse_bfloat16(tensor.dtype.name)
         return tensor
 
     def _compiled(self, model: openvino.Model, role: str, described: Network, sizes: dict[str, int]) -> Any:
@@ -190,6 +194,13 @@ def precisions() -> list[Precision]:
     """Return what this CPU computes in."""
     known = openvino.Core().get_property(_CPU, "OPTIMIZATION_CAPABILITIES")
     return [precision for precision in _HINTS if precision.upper() in known]
+
+
+def _shared(array: NDArray[Any]) -> openvino.Tensor:
+    """Return a tensor over an array's own memory."""
+    if array.dtype.name != "bfloat16":
+        return openvino.Tensor(array, shared_memory=True)
+    return openvino.Tensor(array.view(np.uint16), openvino.Shape(array.shape), openvino.Type.bf16)
 
 
 def _take_external(graph: Any) -> list[Any]:

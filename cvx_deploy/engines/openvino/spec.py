@@ -43,7 +43,11 @@ def _probe() -> Probe:
         from cvx_deploy.engines.openvino.backend import precisions
     except ImportError as error:
         return Probe(False, f"is not installed here ({error})", _INSTALL)
-    return Probe(True, f"runs {', '.join(precisions())} bundles on this CPU")
+    try:  # its plugin for CPUs is loaded to be asked
+        return Probe(True, f"runs {', '.join(precisions())} bundles on this CPU")
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return Probe(False, f"cannot use this CPU: {reason}", f"{_INSTALL} --force-reinstall")
 
 
 def _obstacle(manifest: "Manifest") -> str:

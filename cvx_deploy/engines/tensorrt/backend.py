@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.cuda import Cuda
 from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.tensorrt.device_memory import Activations, Constant, DeviceMemory, DeviceTensor, Download
@@ -116,6 +117,7 @@ class TensorRtBackend:
         """Return a copy of a tensor's values, while runs that were queued after it go on."""
         if isinstance(tensor, Constant):
             return tensor.array.copy()
+        refuse_bfloat16(tensor.dtype.name)
         self._cuda.use(self._number)
         return self._download.fetch(tensor)
 

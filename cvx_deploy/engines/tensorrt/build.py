@@ -201,6 +201,7 @@ def _targets(library: Library, request: BuildRequest) -> tuple[str, ...]:
             raise EngineError(
                 "there is no GPU here to build for", fix="say which, with --target sm89 (or rtx4090), once or more"
             )
+        library.check_runs_on(request.platform.capability)
         return (request.platform.capability,)
     if request.targets:
         raise EngineError(
@@ -218,7 +219,7 @@ def _targets(library: Library, request: BuildRequest) -> tuple[str, ...]:
 
 
 def _check_targets(library: Library, targets: tuple[str, ...]) -> None:
-    known = {f"sm{int(capability)}" for capability in library.module.ComputeCapability.__members__.values()}
+    known = library.capabilities or set()
     for target in targets:
         if target not in known:
             can = ", ".join(sorted((name for name in known if _number(name) > 1), key=_number))

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Literal
 
 from cvx_deploy.bundle.schema import Network
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan, plans_from_inspector, plans_from_messages
+from cvx_deploy.engines.tensorrt.engine import EngineLoader
 from cvx_deploy.engines.tensorrt.libraries import Library
 from cvx_deploy.engines.tensorrt.network import ParsedNetwork
 from cvx_deploy.engines.tensorrt.store import Profile
@@ -27,7 +28,6 @@ class BuildSettings:
     Attributes:
         optimization_level: 0 (quickest build) to 5 (fastest engine); None for the library's own.
         workspace: Bytes a kernel may use besides its inputs and outputs; None for all there are.
-        version_compatible: Whether newer libraries of the same major version can run the engine.
         hardware_compatibility: Which other GPUs an engine of the full library runs on.
         weight_streaming: Whether weights may stay in host memory and be fetched as they are needed.
         refit: Whether weights can be exchanged in the built engine.
@@ -36,7 +36,6 @@ class BuildSettings:
 
     optimization_level: int | None = None
     workspace: int | None = None
-    version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = "none"
     weight_streaming: bool = False
     refit: bool = False
@@ -129,7 +128,6 @@ def make_config(
 
 def _set_flags(api: Any, config: Any, settings: BuildSettings) -> None:
     wanted = {
-        "VERSION_COMPATIBLE": settings.version_compatible,
         "WEIGHT_STREAMING": settings.weight_streaming,
         "REFIT": settings.refit,
         "STRIP_PLAN": settings.strip_weights,
@@ -199,9 +197,11 @@ def compiled_plans(
     except EngineError:
         if library.ahead_of_time:
             raise
-    api = library.module
-    engine = api.Runtime(make_logger(library)).deserialize_cuda_engine(path.read_bytes())
-    information = engine.create_engine_inspector().get_engine_information(api.LayerInformationFormat.JSON)
+    engine = EngineLoader(library, targets[0], note=lambda _: None).deserialize(path, "the new engine")
+    inspector = engine.create_engine_inspector()
+    information = inspector and inspector.get_engine_information(library.module.LayerInformationFormat.JSON)
+    if not information:
+        raise EngineError(f"{library.kind} does not tell what {path} was compiled to", fix=_REPORT)
     return plans_from_inspector(information, targets)
 
 
@@ -267,6 +267,7 @@ def _writer(library: Library, file: BinaryIO) -> Any:
     return Writer()
 
 
+_REPORT = "run it with --engine onnxruntime, and report this with the model's name"
 # What an error says, and what would help.
 _REMEDIES = {
     r"out of ?memory": "free memory, or build with a lower --optimization-level or a smaller --workspace",
@@ -282,5 +283,5 @@ def _failure(library: Library, logger: Any) -> EngineError:
         return UnfusedError("no fused attention kernel takes its shapes and types", fix="export in bf16 or fp16")
     cause = " ".join((logger.errors or ["it gives no reason"])[0].split())
     known = (fix for words, fix in _REMEDIES.items() if re.search(words, text, re.IGNORECASE))
-    fix = next(known, "run it with --engine onnxruntime, and report this with the model's name")
+    fix = next(known, _REPORT)
     return EngineError(f"{library.kind} {library.version} cannot compile it: {cause}", fix=fix)

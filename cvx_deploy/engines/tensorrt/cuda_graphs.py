@@ -5,6 +5,7 @@ network whose in- and outputs lie where they always lie, two for one that reads 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from cvx_deploy.engines.cuda import Cuda
@@ -68,7 +69,12 @@ class Launcher:
 
     def _captured(self) -> int | None:
         self._cuda.begin_capture(self._stream)
-        accepted = self._context.execute_async_v3(self._stream)
+        try:
+            accepted = self._context.execute_async_v3(self._stream)
+        except BaseException:
+            with suppress(EngineError):  # or the stream would go on capturing, and refuse all that is to come
+                self._cuda.destroy_graph(self._cuda.end_capture(self._stream))
+            raise
         try:
             graph = self._cuda.end_capture(self._stream)
         except EngineError:

@@ -21,10 +21,11 @@ class EngineLoader:
         note: Told when compiled kernels cannot be kept.
 
     Raises:
-        EngineError: The library finds no driver it can work with.
+        EngineError: The library does not run on such a GPU, or finds no driver it can work with.
     """
 
     def __init__(self, library: Library, gpu: str, note: Callable[[str], None]) -> None:
+        library.check_runs_on(gpu)
         self._library, self._gpu, self._note = library, gpu, note
         self._errors: deque[str] = deque(maxlen=_KEPT_MESSAGES)
         self._logger = _logger(library.module, self._errors)
@@ -162,7 +163,8 @@ class Engine:
     def _keep_cache(self) -> None:
         if self._cache is None or self._cache_path is None:
             return
-        kernels = bytes(self._cache.serialize())
+        serialized = self._cache.serialize()  # None where it cannot, on a device that failed for example
+        kernels = b"" if serialized is None else bytes(serialized)
         if not kernels or kernels == self._cached:
             return
         try:

@@ -13,6 +13,7 @@ ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _INSTALL = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+_LEAST_TENSORRT = (10, 14)  # the first with IAttention, EngineStat and SerializationFlag.INCLUDE_REFIT
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,28 @@ class Library:
         """Whether engines are built for compute capabilities named beforehand, on any machine."""
         return self.kind == "tensorrt-rtx"
 
+    @property
+    def capabilities(self) -> set[str] | None:
+        """The compute capabilities it knows, such as sm89; None for the full library, which knows every GPU's."""
+        if not self.ahead_of_time:
+            return None
+        return {f"sm{int(capability)}" for capability in self.module.ComputeCapability.__members__.values()}
+
+    def check_runs_on(self, capability: str) -> None:
+        """Raise EngineError where it does not run on GPUs of a compute capability, whatever is built for them."""
+        if self.capabilities is not None and capability not in self.capabilities:
+            family = " (Hopper)" if capability == "sm90" else ""
+            raise EngineError(
+                f"{self.kind} {self.version} does not run on {capability}{family}: it is for GeForce and RTX cards",
+                fix="build and run on that GPU with --engine tensorrt, or run with --engine onnxruntime-cuda",
+            )
+
 
 def load_library(kind: EngineKind) -> Library:
     """Import a TensorRT library.
 
     Raises:
-        EngineError: It is not installed, or what is installed cannot be loaded.
+        EngineError: It is not installed, or what is installed cannot be loaded or is too old.
     """
     fix = f'pip install "cvx-deploy[{_INSTALL[kind]}]"'
     try:
@@ -47,7 +64,15 @@ def load_library(kind: EngineKind) -> Library:
         raise EngineError(f"{kind} is not installed here ({error})", fix=fix) from error
     except (OSError, RuntimeError) as error:
         raise EngineError(f"{kind} is installed and cannot be loaded: {error}", fix=fix) from error
-    return Library(kind, module, module.__version__)
+    library = Library(kind, module, module.__version__)
+    if not library.ahead_of_time and _numbers(library.version) < _LEAST_TENSORRT:
+        least = ".".join(map(str, _LEAST_TENSORRT))
+        raise EngineError(f"tensorrt {library.version} is too old: attention needs {least}", fix=f"{fix} --upgrade")
+    return library
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def choose_library(kind: EngineKind | None, *, ahead_of_time: bool) -> Library:

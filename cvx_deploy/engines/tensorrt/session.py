@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle.schema import Network, TensorSpec
+from cvx_deploy.bundle.schema import Network, TensorSpec, numpy_dtype
 from cvx_deploy.engines.cuda import Cuda
 from cvx_deploy.engines.tensorrt.cuda_graphs import Launcher
 from cvx_deploy.engines.tensorrt.device_memory import Activations, Buffer, Constant, DeviceMemory, DeviceTensor, Upload
@@ -43,7 +43,7 @@ class Tensor:
     @classmethod
     def of(cls, spec: TensorSpec, sizes: Mapping[str, int]) -> "Tensor":
         """Return what the manifest says of it at these sizes."""
-        return cls(spec.resolve(dict(sizes)), np.dtype(spec.dtype))
+        return cls(spec.resolve(dict(sizes)), numpy_dtype(spec.dtype))
 
     @property
     def nbytes(self) -> int:

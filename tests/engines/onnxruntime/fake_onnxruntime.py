@@ -3,6 +3,7 @@
 Every copy, binding and run is kept in order. What lies in the wrong place is refused, as on a GPU it would be.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,18 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 _InferenceSession, _OrtValue = onnxruntime.InferenceSession, onnxruntime.OrtValue
+
+
+NO_CUDNN = native.NotImplemented(
+    "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Non-zero status code returned while running Conv node. Name:'' Status "
+    "Message: /onnxruntime_src/onnxruntime/core/providers/cuda/cuda_kernel.h:296 static cudnnContext* onnxruntime::cuda"
+    "::CudaKernel::RequireCudnnHandle(cudnnHandle_t) [ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : cuDNN is unavailable "
+    "or disabled for CUDA Execution Provider: dlopen failed for libcudnn.so: libcudnn.so: cannot open shared object"
+)
+"""What ONNX Runtime 1.31 says at the first convolution where cuDNN is missing."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class FakeOnnxRuntime:
     Attributes:
         events: What happened, in order.
         providers: What sessions were asked to run on.
+        graphs: The ONNX files that sessions were made of, and `patterns` whether each lays its memory out beforehand.
         failures: What to raise, by what is asked: load, upload, run.
         on_cpu: The kinds of operators that are left to the CPU.
         usable: Whether sessions get the CUDA provider that they ask for.
@@ -44,6 +56,8 @@ class FakeOnnxRuntime:
         self.device = device
         self.events: list[Event] = []
         self.providers: list[Any] = []
+        self.graphs: list[bytes] = []
+        self.patterns: list[bool] = []
         self.failures: dict[str, Exception] = {}
         self.on_cpu: set[str] = set()
         self.usable = True
@@ -103,6 +117,7 @@ class _Session:
     """A session whose networks the CPU runs."""
 
     runtime: FakeOnnxRuntime
+    _told = False
 
     def __init__(
         self,
@@ -114,8 +129,11 @@ class _Session:
     ) -> None:
         assert enable_fallback == 0, "it would go on without the GPU"
         self.runtime.providers.append(providers)
+        self.runtime.graphs.append(graph)
+        self.runtime.patterns.append(options.enable_mem_pattern)
         self.runtime.happened("load")
-        self._told = options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+        with contextlib.suppress(RuntimeError):  # it was not set
+            self._told = options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
         self._real = _InferenceSession(
             graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled_optimizers
         )
@@ -129,6 +147,11 @@ class _Session:
         left = [node for node in nodes if node.op_type in self.runtime.on_cpu]
         gone = [node for node in nodes if node.op_type not in self.runtime.on_cpu]
         return [_Part("CPUExecutionProvider", left), _Part("CUDAExecutionProvider", gone)]
+
+    def run(self, outputs: None, inputs: dict[str, NDArray[Any]]) -> list[Any]:
+        self.runtime.happened("run")
+        found: list[Any] = self._real.run(outputs, inputs)
+        return found
 
     def io_binding(self) -> "_Binding":
         return _Binding(self.runtime, self._real.io_binding())

@@ -2,17 +2,22 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.onnxruntime import backend as backend_module
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend, OrtSession
+from cvx_deploy.engines.onnxruntime.convolution import check_convolution
+from cvx_deploy.engines.onnxruntime.graphs import graph_for_cuda
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline import vae
@@ -20,7 +25,7 @@ from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import run
 from cvx_deploy.progress import SilentProgress
 from tests.conftest import Exported, in_precision
-from tests.engines.onnxruntime.fake_onnxruntime import FakeOnnxRuntime
+from tests.engines.onnxruntime.fake_onnxruntime import NO_CUDNN, FakeOnnxRuntime
 
 STEPS = 3
 CHUNKS = 3
@@ -128,6 +133,105 @@ def test_the_cuda_provider_is_asked_for_with_its_device(fake: FakeOnnxRuntime, m
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "0",
     }
+
+
+def operators(graph: bytes) -> set[str]:
+    return {node.op_type for node in onnx.ModelProto.FromString(graph).graph.node}
+
+
+def test_a_gpu_is_given_whole_norms_and_no_memory_laid_out_beforehand(
+    fake: FakeOnnxRuntime, exported: Exported
+) -> None:
+    bundle = exported("5b", precision="fp16")
+    assert "LayerNormalization" not in operators(bundle.onnx_path("transformer").read_bytes())
+    with OrtBackend(bundle, THREADS, device=0).load(*TRANSFORMER):
+        pass
+    assert "LayerNormalization" in operators(fake.graphs[-1])
+    assert fake.patterns == [False]
+
+
+def test_frames_of_bfloat16_are_moved_in_float32_on_a_gpu(exported: Exported) -> None:
+    bundle = exported("5b", precision="bf16")
+    stored = bundle.onnx_path("vae_decoder_first").read_bytes()
+    given = graph_for_cuda(stored, bundle.network("vae_decoder_first"))
+    before, after = (onnx.ModelProto.FromString(graph).graph.node for graph in (stored, given))
+    moves = sum(node.op_type in ("Resize", "Pad") for node in before)
+    casts = [sum(node.op_type == "Cast" for node in nodes) for nodes in (before, after)]
+    assert casts[1] >= casts[0] + 2 * moves > casts[0]
+    plain = Bundle.open(miniature("mini"))
+    stored = plain.onnx_path("vae_decoder_first").read_bytes()
+    assert graph_for_cuda(stored, plain.network("vae_decoder_first")) is stored, "float32 is not even read"
+
+
+def test_a_missing_cudnn_is_stated_before_anything_is_loaded(fake: FakeOnnxRuntime, mini: Bundle) -> None:
+    check_convolution(0)
+    fake.failures["run"] = NO_CUDNN
+    with pytest.raises(EngineError) as raised:
+        check_convolution(0)
+    assert raised.value.what.startswith("ONNX Runtime cannot convolve on GPU 0: cuDNN is unavailable or disabled")
+    assert "which brings cuDNN along" in raised.value.fix
+
+
+def test_quantized_layers_in_bf16_are_refused_at_once_and_in_fp16_said_to_be_widened(
+    fake: FakeOnnxRuntime, exported: Exported
+) -> None:
+    with pytest.raises(EngineError, match="quantized and computes in bf16: ONNX") as raised:
+        OrtBackend(exported("5b", precision="int8wo/bf16"), THREADS, device=0)
+    assert "--precision int8wo/fp16" in raised.value.fix
+    notes = Notes()
+    with OrtBackend(exported("5b", precision="int8wo/fp32"), THREADS, notes, device=0).load(*TRANSFORMER):
+        [note] = notes.notes
+    assert "multiplies the int8wo layers of transformer in fp32 on a GPU" in note
+
+
+@pytest.mark.parametrize(("overflows", "said"), [(True, "1"), (False, "")])
+def test_sums_are_kept_from_overflowing_only_where_they_would(
+    overflows: bool, said: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "overflows_in_int8", lambda: overflows)
+    bundle, name = exported("5b", precision="int8wo/fp32"), "session.x64quantprecision"
+    for scheme, expected in {"int8": said, "int8wo": ""}.items():
+        network = in_scheme(bundle, scheme).network("transformer")
+        assert entry(OrtBackend(bundle, THREADS)._options("transformer", network, {"batch": 1}, []), name) == expected
+
+
+def in_scheme(bundle: Bundle, scheme: Any) -> Bundle:
+    """Return a bundle whose manifest says that its quantized networks are so in another scheme."""
+    networks = {
+        name: network
+        if network.quantization is None
+        else replace(network, quantization=replace(network.quantization, scheme=scheme))
+        for name, network in bundle.manifest.networks.items()
+    }
+    return replace(bundle, manifest=replace(bundle.manifest, networks=networks))
+
+
+def entry(options: onnxruntime.SessionOptions, name: str) -> str:
+    """Return a setting of a session; empty where it was not set."""
+    try:
+        return str(options.get_session_config_entry(name))
+    except RuntimeError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (RuntimeError("no OrtValue of that kind"), "report this"),
+        (native.Fail("CUDA failure 700: an illegal memory access was encountered"), "nvidia-smi"),
+        (native.InvalidGraph("This is an invalid model"), "export the bundle again"),
+    ],
+)
+def test_only_a_bundle_that_is_wrong_is_to_be_exported_again(
+    error: Exception, fix: str, fake: FakeOnnxRuntime, mini: Bundle
+) -> None:
+    backend = OrtBackend(mini, THREADS, device=0)
+    fake.failures["run"] = error
+    ids = np.zeros((1, mini.manifest.text_length), np.int64)
+    with backend.load("text_encoder", {"batch": 1}) as session, pytest.raises(EngineError) as raised:
+        session.run({"input_ids": ids})
+    assert fix in raised.value.fix
+    assert ("export" in raised.value.fix) == (fix == "export the bundle again")
 
 
 class Notes(SilentProgress):

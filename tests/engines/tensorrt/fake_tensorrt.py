@@ -32,12 +32,14 @@ class EngineFacts:
     Attributes:
         sizes: Of the symbols that are fixed when it is built.
         weights: Bytes, of which `streamable` may stay on the host.
+        modules: Bytes that its kernels take beside them, which the library does not tell.
         activations: Bytes, and `scratch` more when weights are streamed.
     """
 
     role: str
     sizes: dict[str, int]
     weights: int = 4_000
+    modules: int = 0
     streamable: int = 0
     activations: int = 3_000
     scratch: int = 500
@@ -92,6 +94,12 @@ class _Stat(enum.Enum):
     TOTAL_WEIGHTS_SIZE = 0
 
 
+class _Capability(enum.IntEnum):
+    CURRENT = 1
+    SM89 = 89
+    SM120 = 120
+
+
 class _Runtime:
     def __init__(self, cuda: FakeCuda, networks: "Networks", logger: Any) -> None:
         self._cuda, self._networks, self._logger = cuda, networks, logger
@@ -143,6 +151,7 @@ class _Engine:
         self.contexts = 0
         self._budget: int | None = None
         self._weights: list[int] = []
+        self._modules = [cuda.malloc(facts.modules, f"kernels of {facts.role}")] if facts.modules else []
         self._hold(facts.weights - facts.streamable)
         self.streamable_weights_size = facts.streamable
         self._tensors = [*self.described.inputs, *self.described.outputs]
@@ -158,8 +167,9 @@ class _Engine:
             return
         if self.contexts:
             self.cuda.violations.append(f"the engine of {self.facts.role} went before its context")
-        for address in self._weights:
-            self.cuda.free(address)
+        if not self.cuda.lost:
+            for address in self._weights + self._modules:
+                self.cuda.free(address)
         self.cuda.engines -= 1
 
     def get_engine_stat(self, stat: _Stat) -> int:
@@ -188,9 +198,9 @@ class _Engine:
         return np.dtype(next(spec.dtype for spec in self._tensors if spec.name == name))
 
     def create_runtime_config(self) -> "_Config":
-        return _Config()
+        return _Config(self.cuda)
 
-    def create_execution_context(self, how: Any) -> "_Context":
+    def create_execution_context(self, how: Any) -> "Context":
         if (how.strategy if isinstance(how, _Config) else how) is not _Strategy.USER_MANAGED:
             raise MisuseError("a context allocates for itself")
         if self.facts.streamable and self._budget is None:
@@ -199,7 +209,7 @@ class _Engine:
             self._hold(self._budget)
         if isinstance(how, _Config) and how.cache is not None:
             how.cache.add(self.facts.role)
-        return _Context(self)
+        return Context(self)
 
     @property
     def memory(self) -> tuple[Allocation, ...]:
@@ -207,37 +217,39 @@ class _Engine:
 
 
 class _Config:
-    def __init__(self) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
         self.strategy = _Strategy.STATIC
-        self.cache: _Cache | None = None
+        self.cache: Cache | None = None
         self.dynamic_shapes_kernel_specialization_strategy = _Specialization.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: _Strategy) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> "_Cache":
-        return _Cache()
+    def create_runtime_cache(self) -> "Cache":
+        return Cache(self._cuda)
 
-    def set_runtime_cache(self, cache: "_Cache") -> bool:
+    def set_runtime_cache(self, cache: "Cache") -> bool:
         self.cache = cache
         return True
 
 
-class _Cache:
+class Cache:
     """The kernels that are compiled, by name; one that was read again is not compiled."""
 
     compiled: list[str] = []  # noqa: RUF012  # of all caches, for the tests
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
         self._kernels: list[str] = []
+        self._cuda = cuda
 
     def add(self, kernel: str) -> None:
         if kernel not in self._kernels:
             self._kernels.append(kernel)
             self.compiled.append(kernel)
 
-    def serialize(self) -> bytes:
-        return json.dumps(self._kernels).encode()
+    def serialize(self) -> bytes | None:
+        return None if self._cuda.lost else json.dumps(self._kernels).encode()
 
     def deserialize(self, blob: bytes) -> bool:
         try:
@@ -253,7 +265,9 @@ class _Alive:
     yes = True
 
 
-class _Context:
+class Context:
+    """An execution context, whose runs ONNX Runtime computes."""
+
     def __init__(self, engine: _Engine) -> None:
         self._engine, self._alive = engine, _Alive()
         self._specs = {spec.name: spec for spec in engine.described.inputs}
@@ -282,16 +296,21 @@ class _Context:
         return next(spec for spec in specs if spec.name == name).resolve(self._sizes)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self._engine.cuda.check_address(address, name)
         self._addresses[name] = address
         self._engine.cuda.log.append(("bind", self._engine.facts.role, name, address))
         return True
 
     def set_device_memory(self, address: int, nbytes: int) -> None:
+        if nbytes:
+            self._engine.cuda.check_address(address, f"the activation block of {self._engine.facts.role}")
         self._block = (address, nbytes)
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, role = self._engine.cuda, self._engine.facts.role
         needed = self._engine.device_memory_size_v2
+        if cuda.lost:
+            return self._refuse("Cuda Runtime (an illegal memory access was encountered)")
         if self._block[1] < needed:
             return self._refuse(f"{self._block[1]} bytes of device memory, {needed} are needed")
         if cuda.capturing and not self._warm:
@@ -310,7 +329,7 @@ class _Context:
             cuda.log.append(("enqueue", role))
         regions = (block, *inputs.values(), *outputs.values())
         needs = (*(region.allocation for region in regions), *self._engine.memory)
-        cuda.enqueue(stream, Operation(role, self._work(block, inputs, outputs), needs))
+        cuda.kernel(stream, Operation(role, self._work(block, inputs, outputs), needs))
         return True
 
     def _regions(self, specs: Any) -> dict[str, Region]:
@@ -344,6 +363,7 @@ def fake_library(cuda: FakeCuda, networks: Networks, kind: EngineKind = "tensorr
     """Return a library whose engines compute a bundle's networks on a fake driver."""
     module: Any = ModuleType("fake_tensorrt")
     module.ILogger, module.IStreamReaderV2, module.SeekPosition = _Logger, _Reader, _SeekPosition
+    module.ComputeCapability = _Capability
     module.ExecutionContextAllocationStrategy, module.EngineStat = _Strategy, _Stat
     module.DynamicShapesKernelSpecializationStrategy = _Specialization
     module.Runtime = lambda logger: _Runtime(cuda, networks, logger)
@@ -352,5 +372,5 @@ def fake_library(cuda: FakeCuda, networks: Networks, kind: EngineKind = "tensorr
 
 def compiled_kernels() -> list[str]:
     """Return the list that every kernel compiled from now on is added to."""
-    _Cache.compiled = []
-    return _Cache.compiled
+    Cache.compiled = []
+    return Cache.compiled

@@ -3,7 +3,9 @@
 import functools
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from cvx_deploy.bundle.schema import StoredFile
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.engines.tensorrt.backend import TensorRtBackend
 from cvx_deploy.engines.tensorrt.cuda_graphs import Launcher
-from cvx_deploy.engines.tensorrt.device_memory import DeviceMemory, Upload
+from cvx_deploy.engines.tensorrt.device_memory import Activations, DeviceMemory, Upload
 from cvx_deploy.engines.tensorrt.libraries import EngineKind
 from cvx_deploy.engines.tensorrt.session import TrtSession
 from cvx_deploy.engines.tensorrt.store import EngineKey, EngineRecord, EngineStore
@@ -29,6 +31,7 @@ from cvx_deploy.pipeline.run import run
 from cvx_deploy.progress import SilentProgress
 from tests.conftest import Exported
 from tests.engines.fake_cuda import FakeCuda, MisuseError
+from tests.engines.tensorrt import fake_tensorrt
 from tests.engines.tensorrt.fake_tensorrt import EngineFacts, FakeStore, Networks, compiled_kernels, fake_library
 
 PROMPT = "a red circle moves to the right"
@@ -410,7 +413,109 @@ def test_a_damaged_or_foreign_engine_is_stated(damage: bytes, mini: Bundle, make
     cuda.assert_clean()
 
 
+def test_a_run_that_raises_while_it_is_captured_leaves_no_stream_capturing(
+    mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda()
+    execute = fake_tensorrt.Context.execute_async_v3
+
+    def interrupted(context: Any, stream: int) -> bool:
+        if cuda.capturing:
+            raise KeyboardInterrupt
+        return execute(context, stream)
+
+    monkeypatch.setattr(fake_tensorrt.Context, "execute_async_v3", interrupted)
+    with make(mini, cuda) as backend, backend.load(*TRANSFORMER) as session:
+        session.run(transformer_inputs(mini))
+        with pytest.raises(KeyboardInterrupt):
+            session.run(transformer_inputs(mini))
+        assert not cuda.capturing
+        monkeypatch.setattr(fake_tensorrt.Context, "execute_async_v3", execute)
+        session.run(transformer_inputs(mini))
+    cuda.assert_clean()
+
+
+def test_kernels_that_cannot_be_kept_do_not_hide_what_went_wrong(
+    mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fake_tensorrt.Cache, "serialize", lambda _: None)
+    cuda = FakeCuda()
+    error = pytest.raises(ValueError, match="the first error")
+    with error, make(mini, cuda) as backend, backend.load(*TRANSFORMER):
+        raise ValueError("the first error")
+    assert not (tmp_path / "transformer.sm89.kernels").exists()
+    cuda.assert_clean()
+
+
+def test_the_library_for_rtx_cards_says_at_once_that_it_does_not_run_on_a_hopper(mini: Bundle, make: Make) -> None:
+    cuda = FakeCuda(gpu="sm90")
+    with pytest.raises(EngineError, match=r"does not run on sm90 \(Hopper\)"):
+        make(mini, cuda)
+    make(mini, cuda, kind="tensorrt").close()
+    cuda.assert_clean()
+
+
+def in_thread(work: Callable[[], Any]) -> None:
+    """Run something in a thread of its own, and raise here what it raised there."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+def test_another_thread_runs_on_the_backends_own_gpu(
+    mini: Bundle, make: Make, expected: NDArray[np.float32], tmp_path: Path
+) -> None:
+    cuda, found = FakeCuda(count=2), list[NDArray[np.float32]]()
+    with make(mini, cuda, device=1) as backend:
+        in_thread(lambda: found.append(video(backend, tmp_path)))
+        in_thread(backend.close)
+    assert np.array_equal(found[0], expected)
+    assert cuda.gpus_used == {1}
+    cuda.assert_clean()
+
+
+def test_a_gpu_that_is_lost_is_what_is_said_and_nothing_that_follows_from_it(
+    mini: Bundle, make: Make, tmp_path: Path
+) -> None:
+    cuda = FakeCuda()
+    cuda.crashes_in = "transformer"
+    with pytest.raises(EngineError, match="memory that is not there"), make(mini, cuda) as backend:
+        video(backend, tmp_path)
+    assert cuda.lost
+    assert not (tmp_path / "transformer.sm89.kernels").exists()
+
+
+def test_a_limit_leaves_the_driver_and_the_kernels_their_memory(
+    mini: Bundle, make: Make, expected: NDArray[np.float32], tmp_path: Path
+) -> None:
+    modules, overhead, vram = 9_000, 50_000, 400_000
+    facts = {role: {"modules": modules} for role in FACTS}
+    cuda = FakeCuda(vram + overhead + len(FACTS) * modules, overhead=overhead)
+    with make(mini, cuda, facts=facts, vram=vram) as backend:
+        assert np.array_equal(video(backend, tmp_path), expected)
+    assert cuda.peak > 0
+    cuda.assert_clean()
+
+
 # Twins: the fake finds each way a backend could be wrong.
+
+
+def test_twin_a_thread_that_does_not_say_its_gpu_is_found(
+    mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(count=2)
+    use, main = cuda.use, threading.get_ident()
+    with make(mini, cuda, device=1) as backend, backend.load(*TRANSFORMER) as session:
+        monkeypatch.setattr(cuda, "use", lambda device: use(device) if threading.get_ident() == main else None)
+        with pytest.raises(MisuseError, match="GPU 0"):
+            in_thread(lambda: session.run(transformer_inputs(mini)))
+
+
+def test_twin_a_buffer_that_is_not_aligned_is_found(mini: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    address: Any = vars(Activations)["address"].fget
+    monkeypatch.setattr(Activations, "address", property(lambda block: address(block) + 16))
+    cuda = FakeCuda()
+    with make(mini, cuda) as backend, pytest.raises(MisuseError, match="not aligned"), backend.load(*TRANSFORMER):
+        pass
 
 
 def test_twin_work_that_is_not_waited_for_is_found(

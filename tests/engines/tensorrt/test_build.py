@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -318,19 +320,67 @@ def test_the_plan_is_asked_of_the_engine_where_the_messages_do_not_tell_it(libra
             asked.append(form)
             return json.dumps(INSPECTED_10)
 
-    module = SimpleNamespace(
-        ILogger=library.module.ILogger,
-        LayerInformationFormat=library.module.LayerInformationFormat,
-        Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: Engine()),
-    )
     path = tmp_path / "a.engine"
     path.write_bytes(b"engine")
-    full = Library("tensorrt", module, "10.13")  # type: ignore[arg-type]
-    (plan,) = compiled_plans(full, [], path, ())
+    (plan,) = compiled_plans(full_library(library, Engine()), [], path, HERE)
     assert plan.source == "engine inspector"
     assert asked == [library.module.LayerInformationFormat.JSON]
     with pytest.raises(EngineError, match="list no kernels"):
         compiled_plans(library, [], path, ("sm89",))
+
+
+HERE = ("NVIDIA H100 80GB HBM3", "sm90", "driver 580.65")
+
+
+def full_library(library: Library, engine: Any) -> Library:
+    """Return a TensorRT, of the API of the other, which reads an engine file piece by piece and gives `engine`."""
+
+    def deserialize(reader: Any) -> Any:
+        assert reader.read(3, 0) == b"eng"
+        return engine
+
+    module = SimpleNamespace(
+        ILogger=library.module.ILogger,
+        IStreamReaderV2=object,
+        SeekPosition=library.module.SeekPosition,
+        LayerInformationFormat=library.module.LayerInformationFormat,
+        Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=deserialize),
+    )
+    return Library("tensorrt", module, "10.14")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (None, "cannot load the new engine"),
+        (SimpleNamespace(create_engine_inspector=lambda: None), "does not tell what"),
+    ],
+)
+def test_an_engine_that_cannot_be_opened_again_is_stated(
+    engine: Any, said: str, library: Library, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.engine"
+    path.write_bytes(b"engine")
+    with pytest.raises(EngineError, match=said):
+        compiled_plans(full_library(library, engine), [], path, HERE)
+
+
+def test_an_rtx_build_on_a_hopper_says_that_the_library_does_not_run_there(own: Callable[..., Bundle]) -> None:
+    bundle, library = own("5b", precision="bf16"), load_library("tensorrt-rtx")
+    hopper = BuildRequest(platform=Platform("NVIDIA H100 80GB HBM3", "sm90", "580.65"))
+    with pytest.raises(EngineError, match=r"does not run on sm90 \(Hopper\)") as raised:
+        next(build(library, bundle, hopper, SilentProgress()))
+    assert "--engine tensorrt," in raised.value.fix
+
+
+def test_a_tensorrt_that_is_too_old_is_said_before_anything_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("10.13.3.9", "10.14.1.48", "11.0.0"):
+        monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
+        if version.startswith("10.13"):
+            with pytest.raises(EngineError, match=r"tensorrt 10\.13\.3\.9 is too old: attention needs 10\.14"):
+                load_library("tensorrt")
+        else:
+            assert load_library("tensorrt").version == version
 
 
 def test_the_command_builds_says_what_fused_and_does_it_once(own: Callable[..., Bundle]) -> None:

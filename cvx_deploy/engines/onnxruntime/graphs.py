@@ -1,0 +1,24 @@
+"""The form of a graph that ONNX Runtime has the kernels for: made when it is loaded, in memory."""
+
+from collections.abc import Mapping
+
+from cvx_deploy.bundle.schema import Network
+from cvx_deploy.graph.moves_in_float32 import move_in_float32
+from cvx_deploy.graph.restored_layer_norm import restore_layer_norms
+from cvx_deploy.graph.tiled_attention import attend_in_tiles, holds_large_scores
+
+
+def graph_for_cpu(graph: bytes, network: Network, sizes: Mapping[str, int]) -> bytes:
+    """Return an ONNX file, weights outside of it, as the CPU is to run it at these sizes."""
+    return attend_in_tiles(graph) if holds_large_scores(network, dict(sizes)) else graph
+
+
+def graph_for_cuda(graph: bytes, network: Network) -> bytes:
+    """Return an ONNX file, weights outside of it, as CUDA is to run it; one of float32 is right as it is."""
+    if network.precision == "fp32":
+        return graph
+    import onnx
+
+    model = onnx.ModelProto.FromString(graph)
+    changed = restore_layer_norms(model) + move_in_float32(model)
+    return bytes(model.SerializeToString()) if changed else graph
