@@ -208,7 +208,8 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(
 
 
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored(bundle: Bundle) -> None:
-    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from cvx_deploy import cli; from cvx_deploy.bundle import inspect"
+    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    program += "; from cvx_deploy import cli; from cvx_deploy.bundle import inspect"
     program += "; inspect.describe = lambda _: os.kill(os.getpid(), signal.SIGINT) or 'done'; cli.main()"
     done = python(program, "inspect", "--bundle", bundle.path)
     assert (done.returncode, done.stdout) == (0, "done\n")

@@ -9,7 +9,19 @@ import pytest
 from tests.conftest import ROOT
 
 ROOMS = (
-    *("errors", "terminal", "progress", "reading", "precision", "bounds", "shape", "files", "miniatures", "families"),
+    *(
+        "errors",
+        "install",
+        "terminal",
+        "progress",
+        "reading",
+        "precision",
+        "bounds",
+        "shape",
+        "files",
+        "miniatures",
+        "families",
+    ),
     *("bundle", "measure", "graph", "quantize", "engines", "media", "pipeline", "exporters", "parity", "bench"),
     *("estimate", "doctor", "testing", "pytest_plugin", "cli", "__main__"),
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, EngineKind
 from cvx_deploy.errors import EngineError
+from cvx_deploy.install import pip_install
 from cvx_deploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 EngineName = Literal["onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-OPENVINO = 'pip install "cvx-deploy[openvino]"'
+OPENVINO = pip_install("openvino")
 
 
 def on_gpu(engine: EngineName) -> bool:
