@@ -20,6 +20,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.cli import cli
 from cvx_deploy.errors import CvxError
 from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.install import pip_install
 from tests.bundle.test_bundle import make_bundle
 from tests.command import Outcome, cvx
 from tests.conftest import Exported, Tiny
@@ -367,10 +368,7 @@ def test_without_the_export_packages_the_command_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     line = cvx(*words, "--output", tmp_path / "out").failure()
-    assert (
-        line
-        == 'error: this command needs torch, which the runtime does without. fix: pip install "cvx-deploy[export]".'
-    )
+    assert line == f"error: this command needs torch, which the runtime does without. fix: {pip_install('export')}."
 
 
 def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend, OrtSession
 from cvx_deploy.errors import EngineError, OutOfMemoryError
+from cvx_deploy.install import pip_install
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline import vae
 from cvx_deploy.pipeline.request import RunRequest
@@ -229,7 +230,7 @@ def test_a_missing_library_is_named_and_nothing_else_is_printed(
     fake.failures["upload"] = RuntimeError("CUDA Provider not available")
     with pytest.raises(EngineError, match=r"GPU 0: Failed to load libcublas\.so\.13") as raised:
         OrtBackend(mini, THREADS, device=0)
-    assert "cvx-deploy[gpu]" in raised.value.fix
+    assert pip_install("gpu") in raised.value.fix
     assert capsys.readouterr().out == ""
 
 
