@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from report import conditions
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.engines.open import EngineName, open_backend
+from cvx_deploy.engines.registry import open_backend
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.shape import Shape
 

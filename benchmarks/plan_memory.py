@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from architecture import architecture_of
 from msgspec import convert
 from report import conditions, write
 
@@ -75,12 +76,6 @@ def bundle(work: Path, name: str, shapes: tuple[str, ...], precision: str) -> Pa
 def program(*words: object) -> None:
     """Run cvx-deploy."""
     subprocess.run([*PROGRAM, *map(str, words), "--quiet"], check=True, stdout=sys.stderr)
-
-
-def architecture(folder: Path) -> Architecture:
-    """Read a checkpoint's configs."""
-    parts = ("transformer", "text_encoder", "vae")
-    return Architecture.of_configs(*(json.loads((folder / part / "config.json").read_text()) for part in parts))
 
 
 def engines(work: Path, shape: str) -> Iterator[dict[str, Any]]:
@@ -188,7 +183,7 @@ def main() -> None:
     told = conditions(TOOLS, arguments.note, gpu="none: engines are compiled ahead of time, not run", target=TARGET)
     names = dict.fromkeys(name for name, *_ in SESSIONS)
     results: dict[str, Any] = {
-        "architectures": {name: asdict(architecture(checkpoint(arguments.work, name))) for name in names},
+        "architectures": {name: asdict(architecture_of(checkpoint(arguments.work, name))) for name in names},
         "engines": [row for shape in BUILT for row in engines(arguments.work, shape)],
         "sessions": list(sessions(arguments.work)),
     }

@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import onnxruntime
-
 from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.engines.cuda import CudaPython, Gpu
-from cvx_deploy.engines.open import OPENVINO
+from cvx_deploy.engines.registry import SPECS
 from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, Library, load_library
 from cvx_deploy.engines.tensorrt.store import EngineStore, Platform
 from cvx_deploy.errors import BundleError, CvxError, EngineError
@@ -85,17 +83,14 @@ def diagnose(engines_dir: Path) -> Diagnosis:
         engines_dir: Where bundles live by their names.
     """
     gpus, no_gpu = _gpus()
-    libraries = {kind: _library(kind) for kind in ENGINE_KINDS}
     findings = [
         *_versions(),
         *_machine(engines_dir),
         *([Finding("note", "gpu", no_gpu.what, no_gpu.fix)] if no_gpu else map(_gpu_finding, gpus)),
-        *_onnxruntime(),
-        _openvino(),
-        *(_library_finding(kind, found) for kind, found in libraries.items()),
+        *_engine_kinds(),
     ]
     here = [Platform.of(gpu) for gpu in gpus]
-    usable = [found for found in libraries.values() if isinstance(found, Library)]
+    usable = [found for found in map(_library, ENGINE_KINDS) if isinstance(found, Library)]
     for place in _bundles(engines_dir):
         findings += _bundle(place, usable, here)
     return Diagnosis(tuple(findings))
@@ -141,26 +136,10 @@ def _gpu_finding(gpu: Gpu) -> Finding:
     return Finding("ok", "gpu", f"{gpu.name}, {gpu.compute_capability}, {gpu.memory / 1e9:.1f} GB, driver {gpu.driver}")
 
 
-def _onnxruntime() -> Iterator[Finding]:
-    providers = onnxruntime.get_available_providers()
-    yield Finding("ok", "onnxruntime", "runs fp32 and fp16 bundles on the CPU")
-    if "CUDAExecutionProvider" in providers:
-        yield Finding("ok", "onnxruntime cuda", "runs bundles on an NVIDIA GPU")
-    else:
-        yield Finding(
-            "note",
-            "onnxruntime cuda",
-            "this build of ONNX Runtime has none",
-            "pip install onnxruntime-gpu in its place",
-        )
-
-
-def _openvino() -> Finding:
-    try:
-        from cvx_deploy.engines.openvino.backend import precisions
-    except ImportError as error:
-        return Finding("note", "openvino", f"is not installed here ({error})", OPENVINO)
-    return Finding("ok", "openvino", f"runs {', '.join(precisions())} bundles on this CPU")
+def _engine_kinds() -> Iterator[Finding]:
+    for spec in SPECS.values():
+        probe = spec.probe()
+        yield Finding("ok" if probe.runs else "note", spec.name, probe.what, probe.fix)
 
 
 def _library(kind: Any) -> Library | EngineError:
@@ -168,12 +147,6 @@ def _library(kind: Any) -> Library | EngineError:
         return load_library(kind)
     except EngineError as error:
         return error
-
-
-def _library_finding(kind: str, found: Library | EngineError) -> Finding:
-    if isinstance(found, EngineError):
-        return Finding("note", kind, found.what, found.fix)
-    return Finding("ok", kind, found.version)
 
 
 def _bundles(engines_dir: Path) -> Iterator[Path]:

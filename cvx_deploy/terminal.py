@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 _LONGEST = 600  # characters of a line that quotes a file
@@ -35,20 +36,49 @@ def reason(error: BaseException, limit: int = 300) -> str:
 @contextlib.contextmanager
 def no_foreign_lines() -> Iterator[None]:
     """Let nothing that a library written in another language prints on stderr reach the terminal in this block."""
-    sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is no stderr at all
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    with _MUFFLED:
+        _MUFFLED.begin()
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        with _MUFFLED:
+            _MUFFLED.end()
+
+
+class _Muffled:
+    """Stderr led to nowhere while any thread asks for it: the first one in does it, the last one out undoes it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._kept = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def begin(self) -> None:
+        self._inside += 1
+        if self._inside > 1:
+            return
+        sys.stderr.flush()
+        try:
+            self._kept = os.dup(2)
+        except OSError:  # there is no stderr at all
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
         os.close(nowhere)
+
+    def end(self) -> None:
+        self._inside -= 1
+        if self._inside == 0 and self._kept >= 0:
+            os.dup2(self._kept, 2)
+            os.close(self._kept)
+            self._kept = -1
+
+
+_MUFFLED = _Muffled()
 
 
 def _escaped(character: str) -> str:

@@ -7,7 +7,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
-    from cvx_deploy.engines.open import EngineName
+    from cvx_deploy.engines.spec import EngineName
     from cvx_deploy.exporters.reference.checkpoint import Reference
     from cvx_deploy.measure.difference import Video
     from cvx_deploy.parity.check import CheckRequest

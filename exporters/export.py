@@ -1,17 +1,19 @@
 """A checkpoint in, a bundle out."""
 
 import importlib.metadata
+import json
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx_ir as ir
 
 from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import MANIFEST, Bundle, may_replace
-from cvx_deploy.bundle.schema import SCHEMA_VERSION, Manifest, Network, ShapeEntry, StoredFile, WeightFile
-from cvx_deploy.errors import ShapeError
+from cvx_deploy.bundle.schema import SCHEMA_VERSION, Defaults, Manifest, Network, ShapeEntry, StoredFile, WeightFile
+from cvx_deploy.errors import CheckpointError, ShapeError
 from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
 from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.cogvideox.tokenizer import write_tokenizer_json
@@ -19,6 +21,7 @@ from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
 from cvx_deploy.exporters.cogvideox.vae import VaeContract
 from cvx_deploy.exporters.quantization.quantized import QuantizedComponent, Quantizing, quantize_components
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint, sensible_config
+from cvx_deploy.exporters.sources.fit import check_fit
 from cvx_deploy.exporters.sources.lora import merge_adapters, read_adapters
 from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.trace import onnx_from_contract, weight_location
@@ -33,6 +36,9 @@ from cvx_deploy.shape import Shape
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 _TOKENIZER = "tokenizer.json"
+ENCODER_CHUNK = 8
+"""Video frames that diffusers encodes at a time, whatever the VAE's ratio (``num_sample_frames_batch_size``)."""
+_DECODER_CHUNK = 2  # latent frames, likewise (num_latent_frames_batch_size)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
     SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
     contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, recipe) for shape in shapes})
     _check_components(checkpoint, contracts)
+    for note in checkpoint.notes:
+        progress.note(note)
     adapters = read_adapters(request.loras, checkpoint.tensors("transformer"), progress)
     with staged_directory(output, replace=may_replace(output)) as staging:
         write_tokenizer_json(checkpoint.root / "tokenizer", staging / _TOKENIZER)
@@ -122,6 +130,7 @@ def recipe_of(request: ExportRequest, checkpoint: Checkpoint) -> Recipe:
 def check_request(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape, ...]:
     """Return the shapes asked for, after making sure that the checkpoint is the model asked for and can do them."""
     checkpoint.require_model(request.model)
+    check_fit(checkpoint)
     return shapes_of(request, checkpoint)
 
 
@@ -191,24 +200,32 @@ def contracts_for(checkpoint: Checkpoint, shape: Shape, recipe: Recipe) -> list[
         precision = recipe.vae.compute
         contracts += _encoder_contracts(checkpoint, shape, precision)
         frames = -(-shape.frames // temporal)
-        contracts += _chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", frames, 2)
+        contracts += _chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", frames, _DECODER_CHUNK)
     return contracts
 
 
 def _encoder_contracts(checkpoint: Checkpoint, shape: Shape, precision: Precision) -> list[NetworkContract]:
-    """Return the encoder's chunks: one image for image-to-video, the whole clip for video-to-video."""
+    """Return the encoder's chunks: one image for image-to-video, the whole clip for video-to-video.
+
+    None where diffusers' video-to-video cannot do the shape: it does not pad, and its chunks must give the latent
+    frames that it makes noise for.
+    """
     vae, traits = checkpoint.configs["vae"], checkpoint.traits
-    frames = 1 if traits.task == "image-to-video" else shape.frames
-    latent_frames = -(-frames // checkpoint.limits.temporal)
-    if traits.task == "text-to-video" and latent_frames % (traits.patch_size_t or 1):
-        return []  # diffusers' video-to-video does not pad, so it cannot do this shape
-    return _chunk_contracts(vae, precision, "vae_encoder", "vae_encoder_next", frames, checkpoint.limits.frame_period)
+    if traits.task == "image-to-video":
+        return _chunk_contracts(vae, precision, "vae_encoder", "vae_encoder_next", 1, ENCODER_CHUNK)
+    contracts = _chunk_contracts(vae, precision, "vae_encoder", "vae_encoder_next", shape.frames, ENCODER_CHUNK)
+    temporal, following = checkpoint.limits.temporal, max(shape.frames // ENCODER_CHUNK - 1, 0)
+    latent_frames = -(-shape.frames // temporal)
+    first = shape.frames - following * ENCODER_CHUNK
+    made = -(-first // temporal) + following * -(-ENCODER_CHUNK // temporal)
+    fits = made == latent_frames and latent_frames % (traits.patch_size_t or 1) == 0
+    return list(contracts) if fits else []
 
 
 def _chunk_contracts(
     vae: dict[str, object], precision: Precision, first: str, following: str, frames: int, chunk: int
 ) -> list[NetworkContract]:
-    """Return the first chunk, which takes the odd frame, and the steady one if any follows."""
+    """Return the first chunk, which takes the frames left over, and the steady one if any follows."""
     chunks = max(frames // chunk, 1)
     first_frames = frames - chunk * (chunks - 1)
     contracts: list[NetworkContract] = [VaeContract(vae, precision, first, first_frames, last=chunks == 1)]
@@ -308,7 +325,25 @@ def _manifest(
         transformer=None if checkpoint.transformer is None else str(checkpoint.transformer),
         weights=weights,
         provenance=_provenance(request, checkpoint),
+        defaults=_defaults(checkpoint.root / "model_index.json"),
     )
+
+
+_DEFAULTS_KEY = "_cvx_deploy_defaults"
+"""In ``model_index.json``, of which diffusers passes over what begins with an underscore."""
+
+
+def _defaults(index: Path) -> Defaults:
+    """Return what a checkpoint recommends for a run: what the published models do, unless it says otherwise.
+
+    Raises:
+        CheckpointError: It says something else than steps and a guidance scale.
+    """
+    stated = json.loads(index.read_bytes()).get(_DEFAULTS_KEY, {}) if index.is_file() else {}
+    try:
+        return msgspec.convert(stated, Defaults)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{index}: {_DEFAULTS_KEY}: {error}", fix=f"mend {_DEFAULTS_KEY} or remove it") from error
 
 
 def _provenance(request: ExportRequest, checkpoint: Checkpoint) -> dict[str, str]:

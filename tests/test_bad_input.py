@@ -106,8 +106,8 @@ DAMAGED_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "no config": (lambda root: (root / "vae/config.json").unlink(), "{root}/vae/config.json is missing"),
     "a cut config": (lambda root: cut(root / "vae/config.json"), "{root}/vae/config.json is not readable JSON"),
     "a config without sizes": (
-        lambda root: edit(root / "transformer/config.json", lambda config: config.pop("patch_size")),
-        "{root}/transformer/config.json is damaged: Object missing required field `patch_size`",
+        lambda root: edit(root / "transformer/config.json", lambda config: config.update(patch_size=0)),
+        "{root}/transformer/config.json is damaged: Expected `int` >= 1 - at `$.patch_size`",
     ),
     "no shard": (lambda root: (root / SHARD).unlink(), "the weight file {root}/" + SHARD + " is missing"),
     "a cut shard": (lambda root: cut(root / SHARD), "{root}/" + SHARD + " has 213,648 bytes, its header speaks of"),
@@ -134,8 +134,8 @@ DAMAGED_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
         "{root} holds FluxPipeline, not a CogVideoX pipeline. fix: use a checkpoint of one of 2b, 5b, ",
     ),
     "another model's part": (
-        lambda root: edit(root / "transformer/config.json", lambda config: config.update(_class_name="Other")),
-        "{root}/transformer/config.json describes a Other, not a CogVideoXTransformer3DModel",
+        lambda root: edit(root / "model_index.json", lambda index: index.update(vae=["diffusers", "AutoencoderKL"])),
+        "{root}/model_index.json says that the vae is a AutoencoderKL, not a AutoencoderKLCogVideoX",
     ),
     "a scheduler of another kind": (
         lambda root: edit(root / "scheduler/scheduler_config.json", lambda config: config.update(beta_schedule="?")),

@@ -14,7 +14,8 @@ import numpy as np
 from cvx_deploy.bench.peers import EagerPeer, EnginePeer, PeerKind, PeerProcess, Work
 from cvx_deploy.bench.results import SCHEMA_VERSION, BenchResults, Peer, Run
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.engines.open import EngineName, on_gpu
+from cvx_deploy.engines.registry import engine_spec
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.engines.tensorrt.store import EngineStore
 from cvx_deploy.exporters.reference.checkpoint import Reference, recorded_checkpoint, reference_checkpoint
 from cvx_deploy.install import pip_install
@@ -68,7 +69,7 @@ class BenchRequest:
     @property
     def needs_gpu(self) -> bool:
         """Whether it is a GPU that is measured; baselines run where the engines do."""
-        return any(map(on_gpu, self.engines))
+        return any(engine_spec(engine).on_gpu for engine in self.engines)
 
 
 def bench(request: BenchRequest, progress: Progress) -> BenchResults:

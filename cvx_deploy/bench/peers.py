@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.engines.open import EngineName, open_backend
+from cvx_deploy.engines.observe import ObservedBackend
+from cvx_deploy.engines.registry import open_backend
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.errors import CvxError
 from cvx_deploy.exporters.reference.checkpoint import with_weights
 from cvx_deploy.measure.baselines import Baseline
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.run import run as run_pipeline
-from cvx_deploy.pipeline.timing import ClockedBackend, StepClock, Trace
+from cvx_deploy.pipeline.timing import RunClock, Trace
 from cvx_deploy.shape import Shape
 
 Runner = Callable[[Path], Trace]
@@ -72,9 +74,10 @@ class EnginePeer:
         with open_backend(self.engine, bundle, needed=needed) as backend:
 
             def make(output: Path) -> Trace:
-                clock, clocked, start = StepClock(), ClockedBackend(backend), time.monotonic()
-                report = run_pipeline(clocked, replace(work.request, output=output), clock)
-                return Trace(start, time.monotonic(), (*report.spans, *clocked.loads), tuple(clock.steps))
+                clock, start = RunClock(), time.monotonic()
+                observed = ObservedBackend(backend, clock)
+                report = run_pipeline(observed, replace(work.request, output=output), watch=clock)
+                return Trace(start, time.monotonic(), (*report.spans, *clock.loads), tuple(clock.steps))
 
             yield make
 

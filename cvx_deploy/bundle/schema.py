@@ -16,7 +16,8 @@ from cvx_deploy.precision import Precision, SchemeName
 from cvx_deploy.reading import reading
 from cvx_deploy.shape import Shape
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+READABLE_VERSIONS = (4, 5)
 AGAIN = "export the bundle again; run: cvx-deploy export --help"
 
 
@@ -154,6 +155,19 @@ class ShapeEntry:
         check_video(shape.frames, shape.height, shape.width)
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What a run takes where nothing else is asked for: what the model's authors, or those who trained it, recommend.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance_scale: Weight of the prompt against the negative prompt.
+    """
+
+    steps: Annotated[int, msgspec.Meta(gt=0, le=1000)] = 50
+    guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 6.0
+
+
 class SchedulerEntry(TypedDict):
     """The sampler the checkpoint recommends, and diffusers' ``scheduler_config.json``."""
 
@@ -189,6 +203,9 @@ class Manifest:
         weights: Plain name, as ONNX files use it, to file.
         transformer: The absolute folder of a fine-tuned transformer that stands in for the checkpoint's.
         loras: What was merged into the transformer, in this order.
+        family: The model family it is of.
+        defaults: What a run takes where nothing else is asked for. Manifests before version 5 do not say, and mean 50
+            steps at guidance 6.
         provenance: Where the checkpoint is from (source, revision, variant), and the versions of the tools that made
             the bundle.
     """
@@ -209,6 +226,8 @@ class Manifest:
     provenance: dict[str, str]
     transformer: str | None = None
     loras: tuple[Lora, ...] = ()
+    family: Literal["cogvideox"] = "cogvideox"
+    defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
         if len({entry.shape for entry in self.shapes}) < len(self.shapes):
@@ -252,9 +271,9 @@ def manifest_from_json(text: bytes, file: str) -> Manifest:
     with reading(file, BundleError, fix=AGAIN):
         raw = msgspec.json.decode(text)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise BundleError(
-                f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}",
+                f"{file} has schema version {version}, this program reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 fix="export the bundle again with this version of cvx-deploy",
             )
         return msgspec.convert(raw, Manifest)

@@ -7,7 +7,8 @@ import click
 
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import SEED, STEPS, Result, need_export_extra, reference, reporting, shape_of, which_bundle
-from cvx_deploy.engines.open import ENGINES, EngineName
+from cvx_deploy.engines.registry import ENGINES
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 

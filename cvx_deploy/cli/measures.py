@@ -18,7 +18,8 @@ from cvx_deploy.cli.options import (
     sizes,
     which_bundle,
 )
-from cvx_deploy.engines.open import ENGINES, EngineName
+from cvx_deploy.engines.registry import ENGINES
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.measure.baselines import BASELINES
 from cvx_deploy.progress import Progress

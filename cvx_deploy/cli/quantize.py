@@ -49,7 +49,6 @@ class _Ranking:
 @click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1: no unconditional branch.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first prompt's noise.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
-@click.option("--percentile", type=float, default=99.99, show_default=True, help="To note beside the largest values.")
 @click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: the checkpoint's own type.")
 @click.option("--sensitivity", is_flag=True, help="Rank what suffers from quantization, in place of a table.")
 @click.option("--precision", default="int8", show_default=True, help="With --sensitivity: the scheme to judge.")

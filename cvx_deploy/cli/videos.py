@@ -1,7 +1,6 @@
 """The command that makes videos."""
 
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ from click.core import ParameterSource
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.open import ENGINES, EngineName, compiled, engine_version, on_gpu, open_backend
+from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.residency import Policy
+from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import LONGEST_PATH, safe
@@ -34,8 +35,12 @@ def _devices(text: str) -> tuple[int, ...]:
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
 @click.option("--video", type=click.Path(path_type=Path), metavar="FILE|DIR", help="A clip or frames to start from.")
 @click.option("--strength", type=float, default=0.8, show_default=True, help="How much of --video is remade, up to 1.")
-@click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps.")
-@click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1 turns guidance off.")
+@click.option("--steps", type=int, help="Denoising steps. Default: the bundle's own, 50 for the published models.")
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help="How strongly the prompt steers; 1 turns guidance off. Default: the bundle's own, 6 for the published models.",
+)
 @click.option("--dynamic-cfg", is_flag=True, help="Vary the guidance scale over the steps.")
 @click.option("--scheduler", type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first video; the next has one more.")
@@ -74,6 +79,8 @@ def _devices(text: str) -> tuple[int, ...]:
 def run(
     path: Path,
     engine: EngineName,
+    steps: int | None,
+    guidance_scale: float | None,
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
@@ -102,39 +109,36 @@ def run(
       cvx-deploy run --model 5b --engine tensorrt --vram 12GB --prompt "a panda plays guitar"
     """
     from cvx_deploy.pipeline.combinations import check_combination
-    from cvx_deploy.pipeline.prompt_cache import PromptCache
-    from cvx_deploy.pipeline.request import RunRequest, networks_needed
-    from cvx_deploy.pipeline.run import run as run_pipeline
+    from cvx_deploy.pipeline.pipeline import Pipeline
+    from cvx_deploy.pipeline.request import RunRequest
     from cvx_deploy.pipeline.shapes import Wanted, bundle_at
 
-    _check_engine(engine, threads, devices, vram, no_cuda_graphs)
+    # One prompt needs each network once: then those of one phase alone are held.
+    residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
+    _check_engine(engine, how, devices)
     check_combination(_given())
-    request = RunRequest(output=output, **options)
     bundle = open_bundle(path, checkpoint)
+    defaults = bundle.manifest.defaults
+    request = RunRequest(
+        output=output,
+        steps=defaults.steps if steps is None else steps,
+        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        **options,
+    )
     wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
-    cache = None
-    if prompt_cache is not None:
-        cache = PromptCache(prompt_cache, bundle, engine, engine_version(engine), progress)
-    needed = networks_needed(bundle, request, cache)
-    with ExitStack() as stack:
-        backend, *others = (
-            stack.enter_context(
-                open_backend(
-                    engine,
-                    bundle,
-                    needed=needed,
-                    device=device,
-                    threads=threads,
-                    vram=vram,
-                    cuda_graphs=not no_cuda_graphs,
-                    check_finite=check_finite,
-                    progress=progress,
-                )
-            )
-            for device in devices or (0,)
-        )
-        report = run_pipeline(backend, request, progress, others, cache)
+    opened = Pipeline(
+        bundle,
+        engine,
+        how,
+        devices=devices or (),
+        check_finite=check_finite,
+        prompt_cache=prompt_cache,
+        progress=progress,
+    )
+    with opened as pipeline:
+        report = pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
     values = {
@@ -156,19 +160,14 @@ def _given() -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def _check_engine(
-    engine: EngineName, threads: int | None, devices: tuple[int, ...] | None, vram: int | None, no_cuda_graphs: bool
-) -> None:
+def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
     """Refuse options that mean nothing to an engine."""
-    given = {
-        "--threads": (threads is not None, not compiled(engine)),
-        "--devices": (devices is not None, on_gpu(engine)),
-        "--vram": (vram is not None, compiled(engine)),
-        "--no-cuda-graphs": (no_cuda_graphs, compiled(engine)),
-    }
-    for option, (asked, meant) in given.items():
-        if asked and not meant:
-            raise click.UsageError(f"{option} means nothing to --engine {engine}")
+    given = options.given() | ({"device"} if devices is not None else set())
+    for name in sorted(given & set(_FLAGS) - engine_spec(engine).takes):
+        raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")
+
+
+_FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
 
 
 def _time_table(stages: dict[str, float]) -> list[str]:

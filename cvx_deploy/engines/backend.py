@@ -5,7 +5,7 @@ Anything with these methods is a backend; the tests drive the sampler with one o
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -25,10 +25,12 @@ class Session(Protocol):
 class Backend(Protocol):
     """An engine that runs the networks of one bundle, at the shape the bundle is seen at."""
 
-    bundle: Bundle
+    @property
+    def bundle(self) -> Bundle:
+        """What it runs."""
 
     def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[Session]:
-        """Load the network of a role for as long as the block lasts, with its symbolic sizes fixed.
+        """Give the network of a role for the block, with its symbolic sizes fixed; what is loaded is not loaded anew.
 
         Raises:
             BundleError: The network's files are missing, truncated or altered.
@@ -40,3 +42,17 @@ class Backend(Protocol):
 
     def to_host(self, tensor: DeviceTensor) -> NDArray[Any]:
         """Copy a tensor to the host."""
+
+
+@runtime_checkable
+class Prefetching(Protocol):
+    """A backend that can load a network while another one runs."""
+
+    def prefetch(self, role: str, sizes: Mapping[str, int]) -> None:
+        """Begin to load a network that is needed soon, if it is one that will stay loaded."""
+
+
+def prefetch(backend: Backend, role: str, sizes: Mapping[str, int]) -> None:
+    """Begin to load a network that is needed soon, where the backend can."""
+    if isinstance(backend, Prefetching):
+        backend.prefetch(role, sizes)

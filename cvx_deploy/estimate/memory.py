@@ -2,7 +2,7 @@
 
 Weights and causal caches follow from the architecture. What lies between kernels is taken to be proportional to one
 tensor of the network, its *unit*; how many units that are was read off compiled plans and measured sessions, which
-``benchmarks/plan_memory.py`` makes. Tests hold every prediction within 15% of them.
+``benchmarks/plan_memory.py`` makes. Tests fit the constants to one size, and hold what follows for others within 15%.
 """
 
 import math

@@ -38,7 +38,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Clip:
+class DecodedVideo:
     """The first frames of a video.
 
     Attributes:
@@ -64,10 +64,10 @@ def load_image(path: Path, height: int, width: int) -> NDArray[np.float32]:
     Raises:
         MediaError: The file is missing, empty, truncated, too large, or not an image.
     """
-    return _pixels(_rgb_from_file(path), height, width)[None, :, None]
+    return pixels_of(_rgb_from_file(path), height, width)[None, :, None]
 
 
-def load_video(path: Path, frames: int, height: int, width: int) -> Clip:
+def load_video(path: Path, frames: int, height: int, width: int) -> DecodedVideo:
     """Read the first `frames` frames of a video file, an animation or a folder of images, and no more.
 
     Args:
@@ -83,16 +83,16 @@ def load_video(path: Path, frames: int, height: int, width: int) -> Clip:
     count = 0
     with _stating(path, "a video"), _frames(path) as (total, images):
         for count, image in enumerate(islice(images, frames), start=1):
-            pixels[0, :, count - 1] = _pixels(image, height, width)
+            pixels[0, :, count - 1] = pixels_of(image, height, width)
     if count < frames:
         raise MediaError(
             f"{path} has {count} frame{'s' * (count != 1)} that can be read, and {frames} are needed",
             fix="give a longer video, or one that is not cut short",
         )
-    return Clip(pixels, total if total is None or total >= frames else None)
+    return DecodedVideo(pixels, total if total is None or total >= frames else None)
 
 
-def _pixels(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
+def pixels_of(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
     """Resize one RGB image and scale it: (C, H, W) in [-1, 1], as ``VaeImageProcessor.preprocess`` does."""
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     unit = np.asarray(resized).astype(np.float32) / 255.0

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network
 from cvx_deploy.engines.backend import Backend
-from cvx_deploy.engines.open import EngineName, compiled, engine_version, on_gpu, open_backend
+from cvx_deploy.engines.observe import ObservedBackend
+from cvx_deploy.engines.registry import engine_spec, open_backend
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.errors import CvxError
 from cvx_deploy.measure.conditions import conditions
 from cvx_deploy.measure.difference import difference, drift, video_difference
@@ -37,6 +38,7 @@ from cvx_deploy.parity.ladder import (
     VideoResult,
 )
 from cvx_deploy.parity.recorder import Recorder
+from cvx_deploy.parity.wishes import GUIDANCE, remake_of, wish_of
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import run
 from cvx_deploy.precision import Precision
@@ -49,8 +51,6 @@ if TYPE_CHECKING:
     from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 
 PROMPT = "a red circle moves to the right"
-_GUIDANCE = 6.0
-_SEED_OF_IMAGE = 0
 _ONCE = ("text_encoder", "modulation")  # the same at every shape
 _PACKAGES = ("cvx-deploy", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 _LEVELS: dict[Level, int] = {"networks": 0, "trajectory": 1, "video": 2}
@@ -68,7 +68,6 @@ class CheckRequest:
         level: Networks alone, latents step by step too, or whole videos too.
         steps: Denoising steps of the run that networks' inputs are taken from.
         shapes: Which of the bundle's; all when there are none.
-        straight: An export of the checkpoint without rewrites, when there is one already.
     """
 
     engine: EngineName | None = None
@@ -77,7 +76,6 @@ class CheckRequest:
     steps: int = 4
     seed: int = 0
     shapes: tuple[Shape, ...] = ()
-    straight: Bundle | None = None
 
 
 def check(
@@ -126,8 +124,10 @@ class _Climb:
 
     def _graphs(self, checkpoint: "Checkpoint") -> dict[RungName, Bundle]:
         """Return the bundles that the rungs of ONNX graphs run."""
-        straight = self.request.straight or self._export(checkpoint, "straight", rewrites=())
-        graphs: dict[RungName, Bundle] = {"onnx": straight, "rewritten": self.bundle}
+        graphs: dict[RungName, Bundle] = {
+            "onnx": self._export(checkpoint, "straight", rewrites=()),
+            "rewritten": self.bundle,
+        }
         if _is_quantized(self.bundle):
             graphs |= {"rewritten": self._export(checkpoint, "rewritten", rewrites=None), "quantized": self.bundle}
         return graphs
@@ -159,7 +159,7 @@ class _Climb:
             instead = f"the rung {self._last_graphs} stands in for it, on {self.runners[self._last_graphs]}"
             rungs.append(Rung("engine", None, "nothing", skipped=f"{self.no_engine}; {instead}"))
         else:
-            told = f"{self.engine} {engine_version(self.engine)}"
+            told = f"{self.engine} {engine_spec(self.engine).version()}"
             rungs.append(Rung("engine", _row_of_all(self.bundle, self.engine), told))
             if GraphRunner(self.engine) == self.runners[self._last_graphs]:
                 rungs[-1].notes.append(f"its networks are those of the rung {self._last_graphs}")
@@ -185,7 +185,7 @@ class _Climb:
     def _check_shape(self, shape: Shape, expected: Expected, show: Show) -> None:
         from cvx_deploy.exporters.reference.eager import eager_video
 
-        view, wish = self.bundle.at(shape), self._wish(shape)
+        view, wish = self.bundle.at(shape), wish_of(self.bundle, shape, self.request, self.folder)
         with self.progress.task(f"diffusers in fp32 at {shape}"):
             video = eager_video(view, self.checkpoint, "fp32", wish)
         with self.progress.task(f"compare networks at {shape}", len(roles(view))) as advance:
@@ -198,18 +198,20 @@ class _Climb:
             if not self.rungs["own-type"].skipped:
                 with self.progress.task(f"diffusers in {self.own} at {shape}"):
                     own = eager_video(view, self.checkpoint, self.own, wish)
-                self._hold(self.rungs["own-type"], view, (*own.hidden_states, own.latents), own.frames, video)
-            self._check_run(view, wish, video, show)
+                made = (*own.hidden_states, own.latents)
+                self._hold(self.rungs["own-type"], str(shape), made, own.frames, video)
+            self._check_run(view, str(shape), wish, video, show)
+            if self.bundle.manifest.traits.task == "text-to-video" and view.has("vae_encoder"):
+                self._check_remade(view, video)
 
-    def _wish(self, shape: Shape) -> "Wish":
-        from cvx_deploy.exporters.reference.eager import Wish
+    def _check_remade(self, view: Bundle, video: "EagerVideo") -> None:
+        """Make a video from a video too, where the bundle can; diffusers cuts it into chunks as it does."""
+        from cvx_deploy.exporters.reference.eager import eager_video
 
-        image = None
-        if self.bundle.manifest.traits.task == "image-to-video":
-            image = self.folder / "image.png"
-            few = np.random.default_rng(_SEED_OF_IMAGE).integers(0, 255, (4, 5, 3), np.uint8)
-            Image.fromarray(few).resize((shape.width, shape.height), Image.Resampling.BICUBIC).save(image)
-        return Wish(self.request.prompt, self.request.steps, self.request.seed, _GUIDANCE, image)
+        wish = remake_of(view.shape, self.request, self.folder)
+        with self.progress.task(f"diffusers in fp32 at {view.shape}, from a video"):
+            expected = eager_video(view, self.checkpoint, "fp32", wish, video)
+        self._check_run(view, f"{view.shape}, from a video", wish, expected, lambda *_: None)
 
     def _openers(self) -> Iterator[tuple[Rung, Open, Bundle]]:
         """Yield what runs the networks of each rung but the first."""
@@ -281,7 +283,7 @@ class _Climb:
         """Note the batch sizes that no engine was compiled for, as long as there is one; all else is a failure."""
         name, optional = (
             view.network_name(role),
-            self.engine is not None and rung.name == "engine" and compiled(self.engine),
+            self.engine is not None and rung.name == "engine" and engine_spec(self.engine).compiled,
         )
         for case, error in failed:
             if optional and some_ran:
@@ -289,10 +291,10 @@ class _Climb:
             else:
                 rung.networks.append(NetworkResult(name, str(view.shape), case.label, None, (error.what,)))
 
-    def _hold(self, rung: Rung, view: Bundle, latents: tuple[Frames, ...], frames: Frames, video: "EagerVideo") -> None:
+    def _hold(self, rung: Rung, shape: str, latents: tuple[Frames, ...], frames: Frames, video: "EagerVideo") -> None:
         """Hold a whole run against that of diffusers in float32."""
         limits = None if rung.precision is None else THRESHOLDS[rung.precision]
-        shape, channels = str(view.shape), video.latents.shape[2]
+        channels = video.latents.shape[2]
         expected = [array[:1, :, :channels] for array in (*video.hidden_states, video.latents)]
         moved = drift([array[:1, :, :channels] for array in latents], expected)[1:]
         broken = () if limits is None else _drifted(moved, limits)
@@ -301,22 +303,29 @@ class _Climb:
             apart = video_difference(frames, video.frames)
             rung.videos.append(VideoResult(shape, apart, () if limits is None else apart.beyond(limits)))
 
-    def _check_run(self, view: Bundle, wish: "Wish", video: "EagerVideo", show: Show) -> None:
+    def _check_run(self, view: Bundle, told: str, wish: "Wish", video: "EagerVideo", show: Show) -> None:
         """Make the video on the engine, or what stands in for it, from the same noise; hold it against diffusers'."""
         rung = self.rungs[self._last_graphs if self.engine is None else "engine"]
         output, kept = self.folder / "video.npy", self.folder / "latents.npy"
         request = RunRequest(
-            (wish.prompt,), output, image=wish.image, steps=wish.steps, seed=wish.seed, save_latents=kept
+            (wish.prompt,),
+            output,
+            image=wish.image,
+            video=wish.video,
+            strength=wish.strength,
+            steps=wish.steps,
+            seed=wish.seed,
+            save_latents=kept,
         )
         try:
             with self._opener(rung.name)(view) as backend:
-                recorder = Recorder(backend)
-                run(recorder, request, self.progress)
+                recorder = Recorder()
+                run(ObservedBackend(backend, recorder), request, self.progress)
         except CvxError as error:
-            rung.trajectories.append(TrajectoryResult(str(view.shape), (), (error.what,)))
+            rung.trajectories.append(TrajectoryResult(told, (), (error.what,)))
             return
         frames: Frames = np.load(output)
-        self._hold(rung, view, (*recorder.hidden_states, np.load(kept)), frames, video)
+        self._hold(rung, told, (*recorder.hidden_states, np.load(kept)), frames, video)
         show(view.shape, video.frames, frames)
 
     def _divergence(self, rung: Rung | None) -> Iterator[Divergence]:
@@ -331,7 +340,11 @@ class _Climb:
     def _layers(self, rung: Rung, view: Bundle, role: str, case: Case) -> list[Layer]:
         """Return the first nodes of a network that differ on a rung, where its inner tensors can be looked at."""
         limits = self._limits(rung, view.network(role))
-        if limits is None or rung.name == "eager" or (self.engine and rung.name == "engine" and on_gpu(self.engine)):
+        if (
+            limits is None
+            or rung.name == "eager"
+            or (self.engine and rung.name == "engine" and engine_spec(self.engine).on_gpu)
+        ):
             return []
         bad = self._side(rung.name, view, role)
         if rung.name == "onnx":
@@ -365,7 +378,7 @@ def _row_of_all(bundle: Bundle, kind: EngineName) -> str:
 
 def _row_on(engine: EngineName | None, row: str) -> str:
     """Return the row for an engine: TensorRT multiplies float32 in tf32."""
-    return "tf32" if row == "fp32" and engine is not None and compiled(engine) else row
+    return "tf32" if row == "fp32" and engine is not None and engine_spec(engine).compiled else row
 
 
 def _is_quantized(bundle: Bundle) -> bool:
@@ -385,5 +398,5 @@ def _drifted(moved: tuple[float, ...], limits: Thresholds) -> tuple[str, ...]:
 
 def _conditions(request: CheckRequest) -> dict[str, Any]:
     """Say what figures were taken on."""
-    asked = {"prompt": request.prompt, "steps": request.steps, "seed": request.seed, "guidance_scale": _GUIDANCE}
+    asked = {"prompt": request.prompt, "steps": request.steps, "seed": request.seed, "guidance_scale": GUIDANCE}
     return conditions(_PACKAGES, "", **asked)

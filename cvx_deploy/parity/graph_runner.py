@@ -9,7 +9,8 @@ from pathlib import Path
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.engines.backend import Backend
-from cvx_deploy.engines.open import EngineName, engine_version, open_backend
+from cvx_deploy.engines.registry import engine_spec, open_backend
+from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.progress import Progress
 
 
@@ -27,7 +28,7 @@ class GraphRunner:
 
     @contextmanager
     def open(self, bundle: Bundle, progress: Progress) -> Iterator[Backend]:
-        """Open a bundle for as long as the block lasts; see `cvx_deploy.engines.open.open_backend`."""
+        """Open a bundle for as long as the block lasts; see `cvx_deploy.engines.registry.open_backend`."""
         if not self.wide:
             with open_backend(self.engine, bundle, progress=progress) as backend:
                 yield backend
@@ -40,7 +41,7 @@ class GraphRunner:
             yield OrtBackend(seen, None, progress, reference=True)
 
     def __str__(self) -> str:
-        version = f"{self.engine} {engine_version(self.engine)}"
+        version = f"{self.engine} {engine_spec(self.engine).version()}"
         return f"{version}, as a reference: {' and '.join(self.wide)} computed in float32" if self.wide else version
 
 
@@ -49,7 +50,7 @@ def graph_runner(engine: EngineName | None, manifest: Manifest) -> GraphRunner:
     if engine == "onnxruntime-cuda":
         return GraphRunner(engine)
     bf16, fp8 = "bf16" in manifest.computes_in, "fp8" in manifest.multiplies_in
-    if bf16 and not fp8 and _openvino_runs(manifest):
+    if bf16 and not fp8 and not engine_spec("openvino").obstacle(manifest):
         return GraphRunner("openvino")
     return GraphRunner("onnxruntime", (*(("fp8",) if fp8 else ()), *(("bf16",) if bf16 else ())))
 
@@ -62,15 +63,6 @@ def last_engine(asked: EngineName | None, manifest: Manifest) -> tuple[EngineNam
         return None, "no engine for a CPU runs fp8 fast (name one for a GPU with --engine)"
     if "bf16" not in manifest.computes_in:
         return "onnxruntime", ""
-    if _openvino_runs(manifest):
+    if not engine_spec("openvino").obstacle(manifest):
         return "openvino", ""
     return None, "no engine here computes in bf16 on this CPU (name one for a GPU with --engine)"
-
-
-def _openvino_runs(manifest: Manifest) -> bool:
-    """Whether OpenVINO is installed and computes in a bundle's types on this CPU."""
-    try:
-        from cvx_deploy.engines.openvino.backend import precisions
-    except ImportError:
-        return False
-    return manifest.computes_in.issubset(precisions())

@@ -1,16 +1,22 @@
 """Several devices for one run: each denoises its share of the videos, in a thread of its own."""
 
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from queue import Queue
 from typing import TypeVar
 
 Device = TypeVar("Device")
-Work = Callable[[Device, Sequence[int]], Generator[None, None, None]]
+Item = TypeVar("Item")
+Work = Callable[[Device, Sequence[int]], Generator[Item, None, None]]
 
 
-def share_out(devices: Sequence[Device], count: int, work: Work[Device]) -> None:
+class _Done:
+    """What a device puts after its last piece."""
+
+
+def share_out(devices: Sequence[Device], count: int, work: Work[Device, Item]) -> Iterator[Item]:
     """Do `count` pieces of work; piece k on device ``k % len(devices)``, each device in a thread of its own.
 
     Args:
@@ -18,25 +24,42 @@ def share_out(devices: Sequence[Device], count: int, work: Work[Device]) -> None
         count: How many pieces there are, one or more.
         work: Does the pieces it is given on a device; yields now and then, and may be closed where it yields.
 
+    Yields:
+        What the work yields, as it comes. Closed early, every device stops where it yields next.
+
     Raises:
         Exception: The first that any of the work raises, once the other devices have stopped where they yield.
     """
     shares = {n: range(n, count, len(devices)) for n in range(min(len(devices), count))}
+    if len(shares) == 1:
+        with closing(work(devices[0], shares[0])) as items:
+            yield from items
+        return
     stopped = threading.Event()
+    arrived: Queue[Item | _Done] = Queue()
 
     def run(number: int) -> None:
-        with closing(work(devices[number], shares[number])) as steps:
-            for _ in steps:
-                if stopped.is_set():
-                    return
+        try:
+            with closing(work(devices[number], shares[number])) as items:
+                for item in items:
+                    arrived.put(item)
+                    if stopped.is_set():
+                        return
+        except BaseException:
+            stopped.set()
+            raise
+        finally:
+            arrived.put(_Done())
 
-    if len(shares) == 1:
-        run(0)
-        return
     with ThreadPoolExecutor(len(shares), "device") as pool:
         futures = [pool.submit(run, number) for number in shares]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            running = len(shares)
+            while running:
+                if isinstance(item := arrived.get(), _Done):
+                    running -= 1
+                else:
+                    yield item
         finally:  # all are done, or one has failed, or the user interrupts
             stopped.set()
     for future in futures:

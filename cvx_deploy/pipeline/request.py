@@ -3,6 +3,9 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cvx_deploy.bounds import MOST_VIDEOS
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CvxError, OutputError, PromptError
@@ -12,6 +15,7 @@ from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 
+Pixels = NDArray[np.float32]
 MOST_GUIDANCE = 1000.0
 
 
@@ -23,11 +27,13 @@ class RunRequest:
     again.
 
     Attributes:
-        prompts: One or more.
-        output: A file (.mp4, .webm, .gif, .npy), or a folder for PNG frames (a string that ends in a slash is one).
+        prompts: One or more, unless `prompt_embeds` are given.
+        output: A file (.mp4, .webm, .gif, .npy), or a folder for PNG frames (a string that ends in a slash is one);
+            None where the frames are not written.
         negative_prompt: What guidance leads away from.
-        image: The first frame, for image-to-video models.
-        video: A clip to start from, for text-to-video models, with `strength` in (0, 1]: how much of it is remade.
+        image: The first frame, for image-to-video models: a file, or pixels (1, 3, 1, H, W) in [-1, 1].
+        video: A clip to start from, for text-to-video models, with `strength` in (0, 1]: how much of it is remade. A
+            file or folder, or pixels (1, 3, F, H, W) in [-1, 1].
         guidance_scale: At most 1 turns guidance off, and halves the work.
         dynamic_cfg: Whether the guidance scale changes over the steps, as diffusers' ``use_dynamic_cfg``.
         scheduler: None for the checkpoint's own.
@@ -36,13 +42,19 @@ class RunRequest:
         save_latents: Where to keep the finished latents, ``.npy``, float32 (videos, F, C, H, W).
         from_latents: Finished latents to decode; nothing is denoised.
         contact_sheet: Where to put a picture of some frames of each video, ``.png``.
+        each_seed: A seed for every video, in the place of `seed`.
+        latents: The noise that each video starts from, float32 (videos, F, C, H, W), in the place of what its seed
+            would draw; the shape is the padded one of 1.5 models.
+        prompt_embeds: What the text encoder would say of each prompt, float32 (prompts, S, D), in the place of
+            `prompts`; `negative_prompt_embeds` likewise of the negative prompts.
+        latents_only: Whether the run ends with the finished latents.
     """
 
     prompts: tuple[str, ...]
-    output: Path | str
+    output: Path | str | None = None
     negative_prompt: str = ""
-    image: Path | None = None
-    video: Path | None = None
+    image: Path | Pixels | None = None
+    video: Path | Pixels | None = None
     strength: float = 0.8
     steps: int = 50
     guidance_scale: float = 6.0
@@ -54,9 +66,14 @@ class RunRequest:
     save_latents: Path | None = None
     from_latents: Path | None = None
     contact_sheet: Path | None = None
+    each_seed: tuple[int, ...] | None = None
+    latents: Pixels | None = None
+    prompt_embeds: Pixels | None = None
+    negative_prompt_embeds: Pixels | None = None
+    latents_only: bool = False
 
     def __post_init__(self) -> None:
-        if not self.prompts and self.from_latents is None:
+        if not self.prompts and self.from_latents is None and self.prompt_embeds is None:
             raise PromptError("there is no prompt", fix="give at least one with --prompt TEXT")
         if not 0 < self.strength <= 1:
             raise CvxError(f"strength {self.strength} is not above 0 and at most 1", fix="use --strength 0.8")
@@ -76,8 +93,48 @@ class RunRequest:
             raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
         if self.contact_sheet is not None and self.contact_sheet.suffix != ".png":
             raise OutputError(f"{self.contact_sheet} is not a .png file", fix="use --contact-sheet FILE.png")
-        if self.save_latents is not None and self.save_latents.absolute() == Path(self.output).absolute():
+        both = self.save_latents is not None and self.output is not None
+        if both and Path(str(self.save_latents)).absolute() == Path(str(self.output)).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        if self.each_seed is not None and len(self.each_seed) != self.video_count:
+            raise CvxError(f"{len(self.each_seed)} seeds for {self.video_count} videos", fix="give one for each video")
+        if self.latents is not None and len(self.latents) != self.video_count:
+            raise CvxError(
+                f"latents of {len(self.latents)} videos, and {self.video_count} are asked for", fix="give all of them"
+            )
+        if self.latents is not None and self.video is not None:
+            raise CvxError("latents and a video are given, which both say where to start", fix="give one of them")
+        negative = self.negative_prompt_embeds
+        if negative is not None and self.prompt_embeds is None:
+            raise PromptError("negative_prompt_embeds are given without prompt_embeds", fix="give both")
+        for name, embeds in (("prompt_embeds", self.prompt_embeds), ("negative_prompt_embeds", negative)):
+            if embeds is not None and (embeds.ndim != 3 or len(embeds) != self.prompt_count):
+                raise PromptError(
+                    f"{name} have the shape {embeds.shape}, not (prompts, tokens, channels)", fix="give one a prompt"
+                )
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts there are, as texts or as embeddings."""
+        return len(self.prompts) if self.prompt_embeds is None else len(self.prompt_embeds)
+
+    @property
+    def video_count(self) -> int:
+        """How many videos are made, unless latents are only decoded."""
+        return self.prompt_count * self.num_videos
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every video's seed."""
+        return list(self.each_seed or range(self.seed, self.seed + self.video_count))
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is a second branch, of the negative prompt."""
+        return self.guidance_scale > 1
 
     @property
     def given(self) -> set[str]:
@@ -95,12 +152,12 @@ def networks_needed(
     needed: list[tuple[str, dict[str, int]]] = []
     if request.from_latents is None:
         every = texts(request)
-        if prompt_cache is None or len(prompt_cache.read(every)) < len(every):
+        if every and (prompt_cache is None or len(prompt_cache.read(every)) < len(every)):
             needed.append(("text_encoder", {"batch": 1}))
-        needed += [("modulation", {}), ("transformer", {"batch": 2 if request.guidance_scale > 1 else 1})]
+        needed += [("modulation", {}), ("transformer", {"batch": 2 if request.is_guided else 1})]
         if request.image is not None or request.video is not None:
             halves.append(vae.encoder(vae_facts))
-    for half in halves:
+    for half in halves if not request.latents_only else halves[1:]:
         if request.vae_tiling:
             vae.check_tiles(vae_facts, half, shape)
         planes = vae.planes(vae_facts, half, shape, tiled=request.vae_tiling)
@@ -111,5 +168,5 @@ def networks_needed(
 
 def texts(request: RunRequest) -> list[str]:
     """Return what is to be encoded, each text once: with guidance the negative prompt, too."""
-    guided = request.guidance_scale > 1
-    return list(dict.fromkeys((*((request.negative_prompt,) if guided else ()), *request.prompts)))
+    negative = (request.negative_prompt,) if request.is_guided and request.negative_prompt_embeds is None else ()
+    return list(dict.fromkeys((*negative, *(request.prompts if request.prompt_embeds is None else ()))))

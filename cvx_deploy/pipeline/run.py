@@ -3,11 +3,13 @@
 Each stage loads its networks, works for every video, and lets go of them before the next one loads its own.
 """
 
-from collections.abc import Generator as Steps
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from cvx_deploy.bounds import MOST_VIDEOS
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Manifest
-from cvx_deploy.engines.backend import Backend
+from cvx_deploy.engines.backend import Backend, prefetch
 from cvx_deploy.errors import CvxError, MediaError, PromptError, ShapeError
 from cvx_deploy.families.cogvideox.vae import DECODER, encoder
 from cvx_deploy.files import staged_file
@@ -25,7 +27,8 @@ from cvx_deploy.media.read import load_image, load_video
 from cvx_deploy.media.write import check_file_place, check_writable, open_writer
 from cvx_deploy.pipeline import vae
 from cvx_deploy.pipeline.devices import share_out
-from cvx_deploy.pipeline.noise import Generator
+from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
+from cvx_deploy.pipeline.noise import Generator as NoiseGenerator
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.prompts import embed
 from cvx_deploy.pipeline.report import RunReport
@@ -43,8 +46,9 @@ def run(
     progress: Progress | None = None,
     others: Sequence[Backend] = (),
     prompt_cache: PromptCache | None = None,
+    watch: Callable[[Event], None] = lambda _: None,
 ) -> RunReport:
-    """Make the videos that `request` asks for.
+    """Make the videos that `request` asks for, and write them to its output.
 
     Args:
         backend: Where everything runs.
@@ -52,24 +56,101 @@ def run(
         progress: Told what goes on.
         others: More devices, which denoise their share of the videos; the result is that of one.
         prompt_cache: Embeddings of earlier runs, and where this one's are kept.
+        watch: Told of every step and every piece of a video.
 
     Raises:
         CvxError: Of every kind, each before any hours of work where it can be known then.
     """
-    progress = progress or SilentProgress()
-    report = RunReport()
+    progress, report, output = progress or SilentProgress(), RunReport(), request.output
+    assert output is not None
     networks_needed(backend.bundle, request)
-    check_writable(request.output, _video_count(request))
+    videos = _video_count(request)
+    check_writable(output, videos)
     for place in filter(None, (request.save_latents, request.contact_sheet)):
         check_file_place(place)
+    with ExitStack() as stack:
+        happening = stack.enter_context(closing(events(backend, request, progress, report, others, prompt_cache)))
+        files: _Files | None = None
+        for event in happening:
+            watch(event)
+            if isinstance(event, Denoised):
+                if request.save_latents is not None:
+                    _write_latents(request.save_latents, event.latents)
+                files = stack.enter_context(_Files(backend.bundle, request, output, len(event.latents), report))
+            elif isinstance(event, Frames) and files is not None:
+                files.add(event.frames)
+    return report
+
+
+class _Files:
+    """What a run writes of its frames: the videos, and their contact sheet once all is well."""
+
+    def __init__(self, bundle: Bundle, request: RunRequest, output: Path | str, videos: int, report: RunReport) -> None:
+        self._request, self._report = request, report
+        video = video_format(bundle, videos)
+        self._sheet = ContactSheet(video) if request.contact_sheet is not None else None
+        self._writer = open_writer(output, video)
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+        if kind is None:
+            self._report.paths = list(self._writer.paths)
+            if self._sheet is not None and self._request.contact_sheet is not None:
+                self._sheet.save(self._request.contact_sheet)
+
+    def add(self, frames: NDArray[np.float32]) -> None:
+        """Write the next frames."""
+        with self._report.stage("write video"):
+            self._writer.write(frames)
+            if self._sheet is not None:
+                self._sheet.add(frames)
+
+
+def video_format(bundle: Bundle, videos: int) -> VideoFormat:
+    """Return what a bundle's finished videos are."""
+    shape = bundle.shape
+    return VideoFormat(shape.frames, shape.height, shape.width, bundle.manifest.fps, videos=videos)
+
+
+def events(
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress,
+    report: RunReport,
+    others: Sequence[Backend] = (),
+    prompt_cache: PromptCache | None = None,
+) -> Generator[Event, None, None]:
+    """Yield what happens while the videos of `request` are made; nothing is written.
+
+    It can be closed wherever it yields: what the run has loaded stays or goes as the backend's residency says, and all
+    else is let go of.
+
+    Args:
+        backend: Where everything runs.
+        request: What to make; its output is not looked at.
+        progress: Told what goes on.
+        report: Where it is noted what was done when.
+        others: More devices, which denoise their share of the videos.
+        prompt_cache: Embeddings of earlier runs, and where this one's are kept.
+
+    Raises:
+        CvxError: As `run` does.
+    """
+    for role, sizes in networks_needed(backend.bundle, request, prompt_cache):
+        prefetch(backend, role, sizes)
     if request.from_latents is not None:
         latents = _read_latents(request.from_latents, backend.bundle)
     else:
-        latents = make_latents(backend, request, progress, report, others, prompt_cache)
-    if request.save_latents is not None:
-        _write_latents(request.save_latents, latents)
-    _decode(backend, request, latents, progress, report)
-    return report
+        latents = yield from _denoised(backend, request, progress, report, others, prompt_cache)
+    yield Denoised(latents)
+    if not request.latents_only:
+        yield from _decoded(backend, request, latents, progress, report)
 
 
 def make_latents(
@@ -81,10 +162,23 @@ def make_latents(
     prompt_cache: PromptCache | None = None,
 ) -> Latents:
     """Return the finished latents of every video, unpadded: (videos, F, C, H, W)."""
+    made = events(backend, replace(request, latents_only=True), progress, report, others, prompt_cache)
+    return next(event.latents for event in made if isinstance(event, Denoised))
+
+
+def _denoised(
+    backend: Backend,
+    request: RunRequest,
+    progress: Progress,
+    report: RunReport,
+    others: Sequence[Backend],
+    prompt_cache: PromptCache | None,
+) -> Generator[Event, None, Latents]:
+    """Yield every step, and return the finished latents of every video, unpadded."""
     manifest = backend.bundle.manifest
     _check_task(backend, request)
-    report.seeds = [request.seed + index for index in range(len(request.prompts) * request.num_videos)]
-    generators = [Generator(seed) for seed in report.seeds]
+    report.seeds = request.seeds
+    generators = [NoiseGenerator(seed) for seed in report.seeds]
     schedulers = [_scheduler(manifest, request) for _ in generators]
     source = _source_pixels(backend.bundle.shape, request, progress)
     with report.stage("text encoder"):
@@ -95,14 +189,16 @@ def make_latents(
         modulation = modulation_of(backend, schedulers[0])
     with report.stage("transformer"):
         finished: dict[int, Latents] = {}
-        guided = request.guidance_scale > 1
+        guided = request.is_guided
         steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
 
-        def work(device: Backend, videos: Sequence[int]) -> Steps[None, None, None]:
+        def work(device: Backend, videos: Sequence[int]) -> Generator[Event, None, None]:
             with device.load("transformer", {"batch": 2 if guided else 1}) as session:
                 for index in videos:
                     scheduler, generator = schedulers[index], generators[index]
-                    latents, image_latents = _start(backend.bundle, scheduler, generator, encoded[index], request)
+                    latents, image_latents = _start(
+                        backend.bundle, scheduler, generator, encoded[index], request, index
+                    )
                     conditions = Conditions(
                         modulation,
                         prompt_embeds[index // request.num_videos],
@@ -110,20 +206,21 @@ def make_latents(
                         request.dynamic_cfg,
                         image_latents,
                     )
+                    count = len(scheduler.timesteps) - scheduler.start
                     for step in denoise(device, session, scheduler, latents, conditions, generator):
                         latents = step.latents
                         advance(1)
-                        yield
+                        yield Step(index, step.index - scheduler.start, count, step.timestep, latents)
                     finished[index] = latents[:, padding(backend.bundle) :]
 
         with progress.task("denoise", steps) as advance:
-            share_out((backend, *others), len(generators), work)
+            yield from share_out((backend, *others), len(generators), work)
     return np.concatenate([finished[index] for index in range(len(generators))])
 
 
 def _video_count(request: RunRequest) -> int:
     if request.from_latents is None:
-        return len(request.prompts) * request.num_videos
+        return request.video_count
     count = len(latents_header(request.from_latents))
     if count > MOST_VIDEOS:
         raise MediaError(
@@ -153,7 +250,14 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
 
 def _refuse_video(bundle: Bundle) -> NoReturn:
     """Say which shape video-to-video can be done at, and how to come by it."""
-    period = 2 * bundle.manifest.vae.temporal
+    temporal = bundle.manifest.vae.temporal
+    period = 2 * temporal
+    if bundle.manifest.traits.patch_size_t is None:
+        raise ShapeError(
+            f"{bundle.manifest.model} cannot start from a video: diffusers encodes 8 frames at a time, and each of its "
+            f"latent frames spans {temporal}",
+            fix="leave --video out",
+        )
     nearest = replace(bundle.shape, frames=max(bundle.shape.frames // period, 1) * period)
     there = nearest in bundle.shapes
     raise ShapeError(
@@ -182,10 +286,12 @@ _SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMSche
 
 
 def _source_pixels(shape: Shape, request: RunRequest, progress: Progress) -> vae.Clip | None:
+    if isinstance(request.image, np.ndarray):
+        return request.image
     if request.image is not None:
         return load_image(request.image, shape.height, shape.width)
-    if request.video is None:
-        return None
+    if request.video is None or isinstance(request.video, np.ndarray):
+        return request.video
     clip = load_video(request.video, shape.frames, shape.height, shape.width)
     if clip.total_frames is not None and clip.total_frames > shape.frames:
         progress.note(f"note: {request.video} has {clip.total_frames} frames; the first {shape.frames} are used")
@@ -197,15 +303,22 @@ def _prompt_embeds(
 ) -> list[NDArray[np.float32]]:
     """Return for every prompt (1, S, D), or with guidance (2, S, D), negative first."""
     embeddings, report.cached_prompts = embed(backend, texts(request), cache, progress)
-    negative = [embeddings[request.negative_prompt]] if request.guidance_scale > 1 else []
-    return [np.stack([*negative, embeddings[prompt]]) for prompt in request.prompts]
+    positive = request.prompt_embeds
+    if positive is None:
+        positive = np.stack([embeddings[prompt] for prompt in request.prompts])
+    if not request.is_guided:
+        return [embeds[None] for embeds in positive]
+    negative = request.negative_prompt_embeds
+    if negative is None:
+        negative = np.stack([embeddings[request.negative_prompt]] * len(positive))
+    return [np.stack(pair) for pair in zip(negative, positive, strict=True)]
 
 
 def _encoded(
     backend: Backend,
     request: RunRequest,
     pixels: vae.Clip | None,
-    generators: list[Generator],
+    generators: list[NoiseGenerator],
     progress: Progress,
 ) -> list[Latents | None]:
     """Return for every video the latents of the image or clip it starts from, (1, f, C, H, W), unscaled."""
@@ -221,47 +334,60 @@ def _encoded(
 
 
 def _start(
-    bundle: Bundle, scheduler: Scheduler, generator: Generator, encoded: Latents | None, request: RunRequest
+    bundle: Bundle,
+    scheduler: Scheduler,
+    generator: NoiseGenerator,
+    encoded: Latents | None,
+    request: RunRequest,
+    index: int,
 ) -> tuple[Latents, Latents | None]:
     """Return the latents that denoising starts from, and the image latents that go along with them."""
     facts = bundle.manifest.vae
     scale = np.float32(facts.scaling_factor)
     shape = latent_shape(bundle)
+    noise = generator.randn if request.latents is None else partial(_given_noise, request.latents[index][None])
     if encoded is None:
-        return generator.randn(shape), None
+        return noise(shape), None
     if request.video is not None:
         return scheduler.add_noise(scale * encoded, generator.randn(shape), scheduler.start), None
     image_latents = np.zeros(shape, np.float32)
     # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
     image_latents[:, :1] = encoded * (1 / scale if facts.invert_scale_latents else scale)
-    return generator.randn(shape), image_latents
+    return noise(shape), image_latents
 
 
-def _decode(backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport) -> None:
-    manifest, shape = backend.bundle.manifest, backend.bundle.shape
-    video = VideoFormat(shape.frames, shape.height, shape.width, manifest.fps, videos=len(latents))
+def _given_noise(latents: Latents, shape: tuple[int, ...]) -> Latents:
+    """Return noise that was given in place of drawn noise, as diffusers takes its ``latents``."""
+    if latents.shape != shape:
+        raise ShapeError(
+            f"the noise for a video has the shape {latents.shape[1:]}, not {shape[1:]} (F, C, H, W)",
+            fix="give latents of that shape for every video",
+        )
+    return np.array(latents, np.float32)
+
+
+def _decoded(
+    backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport
+) -> Generator[Frames, None, None]:
+    """Yield the frames of every video, as its chunks decode."""
+    manifest = backend.bundle.manifest
     chunks = vae.count_chunks(backend, DECODER, latents.shape[1]) * len(latents)
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, DECODER, *latents.shape[3:])
-    sheet = ContactSheet(video) if request.contact_sheet is not None else None
-    with open_writer(request.output, video) as writer, progress.task("decode", chunks) as advance:
-        for clip in latents:
+    with progress.task("decode", chunks) as advance:
+        for index, clip in enumerate(latents):
             # diffusers computes 1 / scale in double and multiplies
             unscaled = np.float32(1 / manifest.vae.scaling_factor) * clip[None].transpose(0, 2, 1, 3, 4)
-            pieces = vae.decode(backend, unscaled, tiled=request.vae_tiling, advance=advance)
-            while True:
-                with report.stage("vae decode"):
-                    piece = next(pieces, None)
-                if piece is None:
-                    break
-                with report.stage("write video"):
+            with closing(vae.decode(backend, unscaled, tiled=request.vae_tiling, advance=advance)) as pieces:
+                start = 0
+                while True:
+                    with report.stage("vae decode"):
+                        piece = next(pieces, None)
+                    if piece is None:
+                        break
                     frames = _frames(piece)
-                    writer.write(frames)
-                    if sheet is not None:
-                        sheet.add(frames)
-    report.paths = list(writer.paths)
-    if sheet is not None and request.contact_sheet is not None:
-        sheet.save(request.contact_sheet)
+                    yield Frames(index, start, frames)
+                    start += len(frames)
 
 
 def _frames(piece: vae.Clip) -> NDArray[np.float32]:

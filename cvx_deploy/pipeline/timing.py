@@ -1,13 +1,11 @@
 """When each thing of a run happened, and what that says: seconds by stage, by step, to the first frame."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from cvx_deploy.engines.backend import Backend, Session
+from cvx_deploy.engines.observe import Observer
+from cvx_deploy.pipeline.events import Event, Step
 from cvx_deploy.pipeline.report import Span
-from cvx_deploy.progress import Advance, SilentProgress
 
 LOAD = "load"
 DECODE = "vae decode"
@@ -50,34 +48,21 @@ def _inside(inner: Span, outer: Span) -> bool:
     return outer.start <= inner.start and inner.end <= outer.end
 
 
-class StepClock(SilentProgress):
-    """A `Progress` that shows nothing and notes when each denoising step was done."""
+class RunClock(Observer):
+    """Notes when each denoising step of a run was done, and how long its networks took to load.
+
+    It is told of steps by being called with what happens; see `pipeline.events`.
+    """
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-
-    @contextmanager
-    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
-        """Run the block."""
-        yield self._note if description == "denoise" else lambda _: None
-
-    def _note(self, amount: int) -> None:
-        self.steps.append(time.monotonic())
-
-
-class ClockedBackend:
-    """A backend that notes how long its networks take to load."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.bundle, self.to_device, self.to_host = backend.bundle, backend.to_device, backend.to_host
         self.loads: list[Span] = []
-        self._backend = backend
 
-    @contextmanager
-    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[Session]:
-        """Load a network; see `Backend.load`."""
-        with ExitStack() as stack:
-            start = time.monotonic()
-            session = stack.enter_context(self._backend.load(role, sizes))
-            self.loads.append(Span(LOAD, start, time.monotonic()))
-            yield session
+    def __call__(self, event: Event) -> None:
+        """Note a step."""
+        if isinstance(event, Step):
+            self.steps.append(time.monotonic())
+
+    def loaded(self, role: str, start: float, end: float) -> None:
+        """Keep the span."""
+        self.loads.append(Span(LOAD, start, end))

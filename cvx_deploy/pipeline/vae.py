@@ -6,6 +6,7 @@ batch would change nothing but memory. The causal caches that one chunk hands to
 
 import contextlib
 import math
+from collections.abc import Generator as Steps
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> 
     return Posterior(mean, np.exp(0.5 * np.clip(log_variance, -30.0, 20.0)))
 
 
-def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) -> Iterator[Clip]:
+def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) -> Steps[Clip, None, None]:
     """Yield pixels (1, 3, n, H, W), about in [-1, 1], as chunks of the unscaled latents (1, C, f, h, w) decode.
 
     Tiled, there is one chunk, at the end: a tile is worked through to its last frame before the next begins, so that
@@ -70,7 +71,7 @@ def count_tiles(backend: Backend, half: Half, height: int, width: int) -> int:
     return len(grid.rows.starts) * len(grid.columns.starts)
 
 
-def _chunks(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Iterator[Clip]:
+def _chunks(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
     with _Sessions(backend, half, clip.shape[3:]) as sessions:
         yield from sessions.run(clip, advance)
 
@@ -127,7 +128,7 @@ def _frames(backend: Backend, network: str) -> int:
     return frames
 
 
-def _tiled(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Iterator[Clip]:
+def _tiled(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
     grid = Grid.of(backend.bundle.manifest.vae, half, *clip.shape[3:])
     cuts = {
         (row, column): clip[:, :, :, y : y + grid.rows.tile, x : x + grid.columns.tile]

@@ -2,17 +2,14 @@
 
 One safetensors file. For every observed tensor, named by its place in the checkpoint's modules
 (``transformer_blocks.0.attn1.to_q`` for what that linear takes; ``transformer_blocks.0.attn1.query``, ``key`` and
-``value`` for what attention takes), it holds
-
-- ``PLACE.amax``, float32 ``(channels,)``: the largest magnitude of each channel over every sample;
-- ``PLACE.percentile``, float32 ``(1,)``: the largest magnitude of the tensor, its outliers left out.
-
-Its metadata says, as JSON under the one key ``calibration``, what was observed and how.
+``value`` for what attention takes), it holds ``PLACE.amax``, float32 ``(channels,)``: the largest magnitude of each
+channel over every sample. Its metadata says, as JSON under the one key ``calibration``, what was observed and how.
+Tables of version 1 held a percentile of every place, too, which nothing used; they are read without it.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +26,8 @@ from cvx_deploy.reading import check_regular, reading
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import safe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, SCHEMA_VERSION)
 _KEY = "calibration"
 _LARGEST = 1 << 30  # bytes; a full-size model's table has some 20 MB
 _AGAIN = "calibrate again; run: cvx-deploy quantize --help"
@@ -46,7 +44,6 @@ class Conditions:
         prompts: SHA-256 of the prompts' text, and `prompt_count` how many there were.
         steps: Of the sampler; `observed` are the indices of those whose activations were recorded.
         guidance_scale: 1 observes the conditional branch alone.
-        percentile: Which one ``PLACE.percentile`` is, such as 99.99.
         compute: What the model computed in.
         tools: Versions of the programs that made it.
     """
@@ -61,7 +58,6 @@ class Conditions:
     observed: tuple[Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)], ...]
     guidance_scale: Factor
     seed: int
-    percentile: Annotated[float, msgspec.Meta(gt=0, le=100)]
     compute: Precision
     tools: dict[str, str]
 
@@ -72,16 +68,14 @@ class CalibrationTable:
 
     Attributes:
         amax: By place, float32 ``(channels,)``.
-        percentile: By place.
     """
 
     conditions: Conditions
     amax: Mapping[str, NDArray[np.float32]]
-    percentile: Mapping[str, float]
 
     def __post_init__(self) -> None:
         for place, channels in self.amax.items():
-            if not (np.isfinite(channels).all() and np.isfinite(self.percentile[place])):
+            if not np.isfinite(channels).all():
                 raise CalibrationError(
                     f"the activations of {place} were not numbers while they were observed",
                     fix="check the checkpoint's weights, then calibrate again in bf16 or fp32",
@@ -92,7 +86,6 @@ class CalibrationTable:
         from safetensors.numpy import save
 
         tensors = {f"{place}.amax": np.ascontiguousarray(channels) for place, channels in self.amax.items()}
-        tensors |= {f"{place}.percentile": np.array([value], np.float32) for place, value in self.percentile.items()}
         text = json.dumps(asdict(self.conditions), sort_keys=True)
         with staged_file(path) as temporary:
             temporary.write_bytes(save(dict(sorted(tensors.items())), {_KEY: text}))
@@ -111,15 +104,14 @@ class CalibrationTable:
         check_regular(path, CalibrationError, fix=_AGAIN, limit=_LARGEST)
         with reading(path, CalibrationError, fix=_AGAIN), safe_open(path, "np") as file:
             conditions = _conditions(path, (file.metadata() or {}).get(_KEY))
-            names = list(file.keys())
+            names = [name for name in file.keys() if name.endswith(".amax")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
             _check_tensors(tensors)
-            amax = {name.removesuffix(".amax"): tensor for name, tensor in tensors.items() if name.endswith(".amax")}
-            return cls(conditions, amax, {place: float(tensors[f"{place}.percentile"][0]) for place in amax})
+            return cls(conditions, {name.removesuffix(".amax"): tensor for name, tensor in tensors.items()})
 
     def as_dict(self) -> dict[str, object]:
-        """Return how it came to be, and by place the largest value and the percentile."""
-        places = {place: [float(self.amax[place].max()), self.percentile[place]] for place in sorted(self.amax)}
+        """Return how it came to be, and by place the largest value."""
+        places = {place: float(self.amax[place].max()) for place in sorted(self.amax)}
         return {"conditions": asdict(self.conditions), "places": places}
 
     def require(self, traits: Traits, checkpoint: str, shape: Shape, any_shape: bool) -> None:
@@ -162,9 +154,9 @@ def _conditions(path: Path, text: str | None) -> Conditions:
         raise CalibrationError(f"{path} is no calibration table: its metadata does not say so", fix=_AGAIN)
     raw = msgspec.json.decode(text)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in _READ:
         raise CalibrationError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN)
-    return msgspec.convert(raw, Conditions)
+    return replace(msgspec.convert(raw, Conditions), schema_version=SCHEMA_VERSION)
 
 
 def describe(table: CalibrationTable) -> str:
@@ -176,7 +168,7 @@ def describe(table: CalibrationTable) -> str:
         [
             f"{told.prompt_count} prompts at {told.shape}, steps {steps} of {told.steps}, guidance scale "
             f"{told.guidance_scale:g}, seed {told.seed}, computed in {told.compute}",
-            f"{len(table.amax)} places; the largest value over percentile {told.percentile:g}, where it is worst:",
+            f"{len(table.amax)} places; the largest channel over the one in the middle, where it is worst:",
             *(
                 f"  {safe(place)}: {table.amax[place].max():.3g}, {_outlier(table, place):.1f} times"
                 for place in widest
@@ -186,7 +178,7 @@ def describe(table: CalibrationTable) -> str:
 
 
 def _outlier(table: CalibrationTable, place: str) -> float:
-    return float(table.amax[place].max()) / max(table.percentile[place], 1e-9)
+    return float(table.amax[place].max()) / max(float(np.median(table.amax[place])), 1e-9)
 
 
 def describe_difference(first: CalibrationTable, second: CalibrationTable) -> tuple[dict[str, object], str]:

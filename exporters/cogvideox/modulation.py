@@ -13,7 +13,6 @@ from diffusers import CogVideoXTransformer3DModel
 from cvx_deploy.bundle.schema import DType, TensorSpec
 from cvx_deploy.exporters.cogvideox.timesteps import TimestepTable, frequencies
 from cvx_deploy.exporters.tracing.contract import NetworkContract
-from cvx_deploy.families.cogvideox.models import Traits
 from cvx_deploy.precision import Precision
 
 _BLOCK_ROWS, _LAST_ROWS = 6, 2
@@ -81,13 +80,13 @@ class ModulationContract(NetworkContract):
 
     def __init__(self, config: dict[str, Any], precision: Precision) -> None:
         super().__init__(config, precision)
-        self.traits = Traits.from_transformer_config(config)
+        self.ofs = bool(config.get("ofs_embed_dim"))
 
     @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """The timestep, and ofs where the model has it."""
         timestep = TensorSpec("timestep", "int64", (1,), "N")
-        return (timestep, TensorSpec("ofs", "float32", (1,), "N")) if self.traits.ofs else (timestep,)
+        return (timestep, TensorSpec("ofs", "float32", (1,), "N")) if self.ofs else (timestep,)
 
     @property
     def output_specs(self) -> tuple[TensorSpec, ...]:
@@ -103,7 +102,7 @@ class ModulationContract(NetworkContract):
         inner = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         shift = self.config.get("freq_shift", 0)
         tables = {"model.time_proj.freqs": frequencies(inner, shift)}
-        if self.traits.ofs:
+        if self.ofs:
             tables["model.ofs_proj.freqs"] = frequencies(self.config["ofs_embed_dim"], shift)
         return tables
 

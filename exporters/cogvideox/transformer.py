@@ -12,7 +12,7 @@ from cvx_deploy.bundle.schema import TensorSpec
 from cvx_deploy.exporters.cogvideox.modulation import ModulationRows, modulation_spec
 from cvx_deploy.exporters.tracing.contract import NetworkContract, as_numpy
 from cvx_deploy.exporters.tracing.repeat import Blocks
-from cvx_deploy.families.cogvideox.models import Traits
+from cvx_deploy.families.cogvideox.models import positions_of
 from cvx_deploy.precision import Precision
 from cvx_deploy.shape import Shape
 
@@ -136,23 +136,26 @@ class TransformerContract(NetworkContract):
 
     def __init__(self, config: dict[str, Any], precision: Precision, shape: Shape, spatial: int, temporal: int) -> None:
         super().__init__(config, precision)
-        self.traits = Traits.from_transformer_config(config)
         frames = -(-shape.frames // temporal)
-        period = self.traits.patch_size_t or 1
+        period = config.get("patch_size_t") or 1
         # 1.5 pads the latent frames until its temporal patches divide them.
         self.latent_shape = (-(-frames // period) * period, shape.height // spatial, shape.width // spatial)
         patch = config["patch_size"]
         self.tokens = (self.latent_shape[0] // period, self.latent_shape[1] // patch, self.latent_shape[2] // patch)
-        trained = (
-            (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
-            config["sample_height"],
-            config["sample_width"],
-        )
         self.positions = "rotary"
-        if self.traits.positions != "rope":
-            # As diffusers does: learned positions hold at the trained frame count only, elsewhere sin-cos takes over.
-            learned = self.traits.positions == "rope+learned" and self.latent_shape == trained
-            self.positions = "learned" if learned else "sincos"
+        self.knows = positions_of(config)
+        if self.knows != "rope":
+            self.positions = "learned" if self.knows == "rope+learned" and self._is_trained_size() else "sincos"
+
+    def _is_trained_size(self) -> bool:
+        """Whether learned positions are used: elsewhere, as in diffusers, sin-cos takes over.
+
+        diffusers turns latent frames back into video frames of the form ``ratio * k + 1`` and compares those with
+        ``sample_frames`` (``CogVideoXPatchEmbed.forward``), so that another ``sample_frames`` is never met.
+        """
+        config, (frames, *plane) = self.config, self.latent_shape
+        of_video = (frames - 1) * config["temporal_compression_ratio"] + 1
+        return (of_video, *plane) == tuple(config[f"sample_{name}"] for name in ("frames", "height", "width"))
 
     @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -191,7 +194,7 @@ class TransformerContract(NetworkContract):
         tables: dict[str, NDArray[Any]] = {}
         if self.positions == "sincos":
             tables |= _axes(f"{_POSITIONS}.grid", self._sincos(inner), inner, "twh")
-        if self.traits.positions != "sincos":
+        if self.knows != "sincos":
             cos, sin = self._rotary()
             tables |= _axes("cos", cos, config["attention_head_dim"], "thw")
             tables |= _axes("sin", sin, config["attention_head_dim"], "thw")
@@ -219,7 +222,7 @@ class TransformerContract(NetworkContract):
         width = self.config["attention_head_dim"]
         patch = self.config["patch_size"]
         base = (self.config["sample_height"] // patch, self.config["sample_width"] // patch)
-        if self.traits.patch_size_t is None:
+        if self.config.get("patch_size_t") is None:
             crops = get_resize_crop_region_for_grid((h, w), base[1], base[0])
             cos, sin = get_3d_rotary_pos_embed(width, crops, (h, w), t)
         else:

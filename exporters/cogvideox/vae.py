@@ -1,10 +1,10 @@
 """The 3D causal VAE, cut into chunks: an encoder's and a decoder's first chunk, and the steady ones that follow.
 
-diffusers' `AutoencoderKLCogVideoX` works through a video in chunks of 2 latent (8 video) frames, the odd one going
-with the first chunk, and carries the last frames of every causal convolution over. GroupNorm sees one chunk at a time,
-so the chunks are part of the numerics. Here every chunk is one network over the same weights, and the carried frames
-are its explicit state. Of the carried tensors only those of convolutions with a temporal kernel are ever read; the
-rest is left out.
+diffusers' `AutoencoderKLCogVideoX` decodes in chunks of 2 latent frames and encodes in chunks of 8 video frames,
+whatever its ratio; what is left over goes with the first chunk. It carries the last frames of every causal
+convolution over. GroupNorm sees one chunk at a time, so the chunks are part of the numerics. Here every chunk is one
+network over the same weights, and the carried frames are its explicit state. Of the carried tensors only those of
+convolutions with a temporal kernel are ever read; the rest is left out.
 
 Height and width are symbols (in latents), so that one graph serves the whole frame and every tile size.
 """
@@ -132,7 +132,7 @@ class VaeContract(NetworkContract):
         temporal = int(self.config["temporal_compression_ratio"])
         if self.encodes:
             name, scale, channels = "moments", 1, 2 * self.config["latent_channels"]
-            frames = max(self.frames // temporal, 1) if self.frames % 2 == 0 else (self.frames - 1) // temporal + 1
+            frames = -(-self.frames // temporal)  # each halving keeps the odd frame
         else:
             name, scale, channels = "pixels", self.spatial, self.config["out_channels"]
             frames = self.frames * temporal if self.frames % 2 == 0 else (self.frames - 1) * temporal + 1

@@ -49,7 +49,6 @@ class CalibrationRequest:
         guidance_scale: 1 samples the conditional branch alone.
         seed: Of the first prompt's noise; the next one's is one more.
         image: The first frame of every video, for image-to-video models; None for smooth colours made from the seed.
-        percentile: What to note beside the largest magnitudes.
         compute: The type to compute in; None for the checkpoint's own, and fp32 in place of fp16 on a CPU.
     """
 
@@ -60,13 +59,12 @@ class CalibrationRequest:
     guidance_scale: float = 6.0
     seed: int = 0
     image: Path | None = None
-    percentile: float = 99.99
     compute: Precision | None = None
 
     def __post_init__(self) -> None:
         self.checkpoint.limits.check(self.shape)
-        if self.steps < 1 or not 0 < self.percentile <= 100:
-            raise CalibrationError("steps and percentile must be positive", fix="use --steps 10 --percentile 99.99")
+        if self.steps < 1:
+            raise CalibrationError(f"{self.steps} steps leave nothing to observe", fix="use --steps 10")
         if not 0 <= self.guidance_scale <= LARGEST_FACTOR:  # a NaN fails this too
             raise CalibrationError(f"guidance scale {self.guidance_scale}", fix="use --guidance-scale 6")
         if self.image is not None and self.checkpoint.traits.task != "image-to-video":
@@ -96,7 +94,6 @@ class CalibrationRequest:
             self.observed,
             self.guidance_scale,
             self.seed,
-            self.percentile,
             self.precision,
             {tool: importlib.metadata.version(tool) for tool in _TOOLS},
         )
@@ -122,7 +119,7 @@ def calibrate(request: CalibrationRequest, output: Path, progress: Progress) -> 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     conditions = request.conditions(0)
-    observations = Observations(request.percentile)
+    observations = Observations()
     done = _resume(partial, conditions, observations, progress)
     with torch.inference_mode():
         embeds = list(encode(request, observations, done, progress))
@@ -139,7 +136,7 @@ def calibrate(request: CalibrationRequest, output: Path, progress: Progress) -> 
 
 
 def _table(conditions: Conditions, observations: Observations) -> CalibrationTable:
-    return CalibrationTable(conditions, dict(observations.amax), dict(observations.percentiles))
+    return CalibrationTable(conditions, dict(observations.amax))
 
 
 def _resume(partial: Path, conditions: Conditions, observations: Observations, progress: Progress) -> int:
@@ -155,7 +152,7 @@ def _resume(partial: Path, conditions: Conditions, observations: Observations, p
     if replace(table.conditions, prompt_count=0) != conditions:
         progress.note(f"{partial} is of a calibration under other conditions; starting anew")
         return 0
-    observations.merge(dict(table.amax), dict(table.percentile))
+    observations.merge(table.amax)
     progress.note(f"going on after {done} prompts that were observed before")
     return done
 

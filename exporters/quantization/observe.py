@@ -1,25 +1,20 @@
 """What the activations of a network look like while it runs: the ranges of every linear layer's and attention's inputs.
 
-Channels' largest magnitudes are torchao's MinMax observer's. The percentile is that of at most `_SAMPLED` elements of a
-tensor, evenly spaced, and the largest over all that were observed.
+A range is the largest magnitude of each channel, as a symmetric MinMax observer's.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
-from torchao.quantization.granularity import PerAxis
-from torchao.quantization.observer import AffineQuantizedMinMaxObserver
-from torchao.quantization.quant_primitives import MappingType
 
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.families.cogvideox.layers import leader
 
-_SAMPLED = 1 << 18
 ATTENTION = ("query", "key", "value")
 
 
@@ -28,14 +23,12 @@ class Observations:
 
     Attributes:
         seen: Whether what runs now is observed.
-        percentile: Which one, from 0 to 100.
+        amax: Of every place the largest magnitude of each channel.
     """
 
-    def __init__(self, percentile: float) -> None:
+    def __init__(self) -> None:
         self.seen = False
-        self.percentile = percentile
         self.amax: dict[str, NDArray[np.float32]] = {}
-        self.percentiles: dict[str, float] = {}
 
     def take(self, place: str, tensor: torch.Tensor) -> None:
         """Observe a tensor ``(..., channels)``.
@@ -43,30 +36,19 @@ class Observations:
         Raises:
             CalibrationError: It holds what is no number.
         """
-        channels = tensor.detach().reshape(1, -1, tensor.shape[-1]).float()
-        amax = _channel_amax(channels)
+        channels = tensor.detach().reshape(-1, tensor.shape[-1])
+        amax: NDArray[np.float32] = channels.abs().amax(0).float().cpu().numpy()
         if not np.isfinite(amax).all():
             raise CalibrationError(
                 f"the activations of {place} stopped being numbers",
                 fix="check the checkpoint's weights with cvx-deploy verify, or calibrate with --compute fp32",
             )
-        flat = channels.reshape(-1)
-        sample = flat[:: max(flat.numel() // _SAMPLED, 1)].abs()
-        percentile = float(torch.quantile(sample[: 2 * _SAMPLED], self.percentile / 100))
-        self.merge({place: amax}, {place: percentile})
+        self.merge({place: amax})
 
-    def merge(self, amax: dict[str, NDArray[np.float32]], percentiles: dict[str, float]) -> None:
+    def merge(self, amax: Mapping[str, NDArray[np.float32]]) -> None:
         """Add what was observed before."""
         for place, channels in amax.items():
             self.amax[place] = np.maximum(self.amax[place], channels) if place in self.amax else channels
-            self.percentiles[place] = max(self.percentiles.get(place, 0.0), percentiles[place])
-
-
-def _channel_amax(channels: torch.Tensor) -> NDArray[np.float32]:
-    observer = AffineQuantizedMinMaxObserver(MappingType.SYMMETRIC, torch.int8, PerAxis(2))
-    observer(channels)
-    amax: NDArray[np.float32] = torch.maximum(observer.min_val.abs(), observer.max_val.abs()).reshape(-1).cpu().numpy()
-    return amax
 
 
 @contextlib.contextmanager
@@ -101,7 +83,7 @@ def _watch(prefix: str, layers: list[str], observations: Observations) -> Any:
             first, *others = (f"{prefix}{layer}" for layer in layers)
             observations.take(first, given[0])
             for other in others:
-                observations.merge({other: observations.amax[first]}, {other: observations.percentiles[first]})
+                observations.merge({other: observations.amax[first]})
 
     return watch
 

@@ -13,12 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    _quantize_affine_float8,
-    choose_qparams_affine,
-    quantize_affine,
-)
+from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
 
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.bundle.schema import WeightFile
@@ -155,12 +150,18 @@ class LayerWeights:
         block = (1, group_size(self.scheme, weight.shape[1]))
         if dtype == torch.float8_e4m3fn:
             scale = self._rounded(weight.abs().amax(1, keepdim=True) / largest)
-            return _quantize_affine_float8(weight, scale.float(), dtype).T, scale[:, 0]
+            return as_float8(weight, scale.float()).T, scale[:, 0]
         limits = (-int(largest), int(largest))
         scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, dtype, *limits)
         scale = self._rounded(scale).reshape(weight.shape[0], -1)
         quantized = quantize_affine(weight, block, scale.float(), zero.reshape(scale.shape), dtype, *limits)
         return quantized.T, scale.T if self.scheme.group else scale[:, 0]
+
+
+def as_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Divide by a scale and round to float8 e4m3, what is beyond its largest number to that (ONNX, ``saturate``)."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (values.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
 
 
 def quantize_component(weights: LayerWeights, folder: Path, progress: Progress) -> Made:

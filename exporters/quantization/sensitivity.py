@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchao.quantization.quant_primitives import _quantize_affine_float8, quantize_affine
+from torchao.quantization import quantize_affine
 
 from cvx_deploy.errors import RecipeError
 from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, encode, sampler
 from cvx_deploy.exporters.quantization.observe import Observations
-from cvx_deploy.exporters.quantization.quantized_weights import LayerWeights
+from cvx_deploy.exporters.quantization.quantized_weights import LayerWeights, as_float8
 from cvx_deploy.families.cogvideox.layers import quantizable
 from cvx_deploy.files import staged_file
 from cvx_deploy.precision import SCHEMES
@@ -99,7 +99,7 @@ def sensitivity(
     tensors = request.checkpoint.tensors("transformer")
     layers = quantizable("transformer", tensors)
     weights = LayerWeights("transformer", tensors, request.checkpoint.place, precision, layers, table)
-    unseen = Observations(request.percentile)
+    unseen = Observations()
     with torch.inference_mode(), sampler(request, unseen) as sampling:
         (embeds, *_) = encode(replace(request, prompts=request.prompts[:1]), unseen, 0, progress)
         judge = _Judge(sampling.transformer, sampling.record(embeds), weights)
@@ -288,8 +288,7 @@ def _rounded(x: torch.Tensor, scale: float, dtype: str | None) -> torch.Tensor:
     """Quantize and dequantize a tensor with one scale, as QuantizeLinear and DequantizeLinear do."""
     factor = torch.tensor(scale, device=x.device)
     if dtype == "FLOAT8E4M3FN":
-        in_e4m3: torch.Tensor = _quantize_affine_float8(x, factor)
-        return in_e4m3.float() * factor
+        return as_float8(x, factor).float() * factor
     largest = int(SCHEMES["int8"].largest)
     zero = torch.zeros((), dtype=torch.int32, device=x.device)
     in_int8: torch.Tensor = quantize_affine(x, tuple(x.shape), factor, zero, torch.int8, -largest - 1, largest)

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.measure.baselines import Baseline
 from cvx_deploy.media.encoders import VideoFormat
-from cvx_deploy.media.read import load_image
+from cvx_deploy.media.given import ImageLike, image_pixels
 from cvx_deploy.media.write import open_writer
 from cvx_deploy.pipeline.report import RunReport, Span
 from cvx_deploy.pipeline.request import RunRequest
@@ -60,6 +60,7 @@ class EagerPipeline:
         frames, steps = self._sample(request, embeds, report)
         shape = self._bundle.shape
         video = VideoFormat(shape.frames, shape.height, shape.width, self._bundle.manifest.fps, videos=1)
+        assert request.output is not None
         with report.stage("write video"), open_writer(request.output, video) as writer:
             writer.write(np.clip(frames, 0, 1).astype(np.float32))
         return Trace(start, time.monotonic(), tuple(report.spans), tuple(steps))
@@ -106,8 +107,8 @@ class EagerPipeline:
         report.spans.append(Span("vae decode", steps[-1], time.monotonic()))
         return made.frames[0], steps
 
-    def _image(self, path: Path) -> torch.Tensor:
-        pixels = load_image(path, self._bundle.shape.height, self._bundle.shape.width)
+    def _image(self, image: ImageLike) -> torch.Tensor:
+        pixels = image_pixels(image, self._bundle.shape.height, self._bundle.shape.width)
         return torch.from_numpy(pixels[:, :, 0] / 2 + 0.5)
 
     def _wait(self) -> None:

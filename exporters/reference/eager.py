@@ -13,7 +13,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
+)
 from numpy.typing import NDArray
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -231,13 +237,15 @@ def _given_rows(model: Any, rows: torch.Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Wish:
-    """What video diffusers' pipeline is to make: a few words of `runtime.pipeline.RunRequest`."""
+    """What video diffusers' pipeline is to make: a few words of `runtime.pipeline.RunRequest`; `video` is a folder."""
 
     prompt: str
     steps: int
     seed: int
     guidance_scale: float
-    image: Path | None
+    image: Path | None = None
+    video: Path | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -263,10 +271,26 @@ class EagerVideo:
     frames: NDArray[np.float32]
 
 
-def eager_video(bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: Wish) -> EagerVideo:
-    """Run diffusers' pipeline at a bundle's shape: text encoder, transformer and decoder one after the other."""
+def eager_video(
+    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: Wish, encoded: EagerVideo | None = None
+) -> EagerVideo:
+    """Run diffusers' pipeline at a bundle's shape: text encoder, transformer and decoder one after the other.
+
+    Args:
+        bundle: Whose shape.
+        checkpoint: Whose weights.
+        precision: What it computes in.
+        wish: What to make.
+        encoded: A video of the same prompt and precision, whose embeddings are taken.
+    """
     with torch.inference_mode():
-        ids, embeds = _encode(bundle, checkpoint, precision, wish)
+        if encoded is None:
+            ids, embeds = _encode(bundle, checkpoint, precision, wish)
+        else:
+            ids, embeds = (
+                encoded.input_ids,
+                torch.from_numpy(encoded.prompt_embeds).to(device(), TORCH_DTYPES[precision]),
+            )
         steps, hidden, latents, pixels = _denoise(bundle, checkpoint, precision, wish, embeds)
         pipeline: Any = CogVideoXPipeline(None, None, eager_network(checkpoint, "vae", precision), None, None)
         pixel_values = pipeline.decode_latents(latents)
@@ -306,8 +330,7 @@ def _denoise(
 
     transformer.register_forward_pre_hook(take, with_kwargs=True)
     vae.encoder.register_forward_pre_hook(lambda _, arguments: pixels.append(_array(arguments[0])))
-    kind: Any = getattr(diffusers, "CogVideoXPipeline" if wish.image is None else "CogVideoXImageToVideoPipeline")
-    pipeline = kind(None, None, vae, transformer, scheduler)
+    pipeline: Any = _pipeline_of(wish)(None, None, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     latents: torch.Tensor = pipeline(
         **_call(bundle, wish), prompt_embeds=embeds[1:], negative_prompt_embeds=embeds[:1], output_type="latent"
@@ -316,18 +339,34 @@ def _denoise(
     return tuple(steps), tuple(hidden), latents[:, latents.shape[1] - kept :], pixels[0] if pixels else None
 
 
+def clip_names(frames: int) -> list[str]:
+    """Return the names of a clip's frames in its folder, in order."""
+    return [f"{index}.png" for index in range(frames)]
+
+
+def _pipeline_of(wish: Wish) -> Any:
+    if wish.video is not None:
+        return CogVideoXVideoToVideoPipeline
+    return CogVideoXPipeline if wish.image is None else CogVideoXImageToVideoPipeline
+
+
 def _call(bundle: Bundle, wish: Wish) -> dict[str, Any]:
     from PIL import Image
 
     shape = bundle.shape
+    source: dict[str, Any] = {"num_frames": shape.frames}
+    if wish.image is not None:
+        source["image"] = Image.open(wish.image)
+    if wish.video is not None:
+        frames = [Image.open(wish.video / name) for name in clip_names(shape.frames)]
+        source = {"video": frames, "strength": wish.strength}
     return {
-        "num_frames": shape.frames,
         "height": shape.height,
         "width": shape.width,
         "num_inference_steps": wish.steps,
         "guidance_scale": wish.guidance_scale,
         "generator": torch.Generator().manual_seed(wish.seed),
-        **({} if wish.image is None else {"image": Image.open(wish.image)}),
+        **source,
     }
 
 

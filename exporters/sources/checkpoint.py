@@ -10,68 +10,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-
-from cvx_deploy.bounds import Positive, PositiveFactor, finite_json
+from cvx_deploy.bounds import finite_json
 from cvx_deploy.bundle.safetensors import StoredTensor, read_header
 from cvx_deploy.bundle.schema import WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.sources.carried import CarriedHashes
-from cvx_deploy.families.cogvideox.models import MODELS, Limits, Traits, model_with_traits
+from cvx_deploy.families.cogvideox.models import MODELS, Limits, Task, Traits, model_with_traits
 from cvx_deploy.files import sha256_of
 from cvx_deploy.reading import read_whole, reading
 
-PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
-CLASSES = {
-    "transformer": ("CogVideoXTransformer3DModel",),
-    "vae": ("AutoencoderKLCogVideoX",),
-    "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+PIPELINES: dict[object, Task] = {
+    "CogVideoXPipeline": "text-to-video",
+    "CogVideoXImageToVideoPipeline": "image-to-video",
+    "CogVideoXVideoToVideoPipeline": "text-to-video",
 }
 COMPONENTS = ("text_encoder", "transformer", "vae")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-class _Transformer(msgspec.Struct):
-    """What must stand in ``transformer/config.json``; the rest has defaults, or is diffusers' own business."""
-
-    in_channels: Positive
-    patch_size: Positive
-    num_attention_heads: Positive
-    attention_head_dim: Positive
-    text_embed_dim: Positive
-    max_text_seq_length: Positive
-    sample_frames: Positive
-    sample_height: Positive
-    sample_width: Positive
-    temporal_compression_ratio: Positive
-    out_channels: Positive | None = None
-    patch_size_t: Positive | None = None
-    ofs_embed_dim: Positive | None = None
-
-
-class _Vae(msgspec.Struct):
-    """Likewise of ``vae/config.json``."""
-
-    block_out_channels: Annotated[list[Positive], msgspec.Meta(min_length=1)]
-    in_channels: Positive
-    out_channels: Positive
-    latent_channels: Positive
-    sample_height: Positive
-    sample_width: Positive
-    temporal_compression_ratio: PositiveFactor
-    scaling_factor: PositiveFactor
-
-
-class _TextEncoder(msgspec.Struct):
-    """Likewise of ``text_encoder/config.json``."""
-
-    d_model: Positive
-    vocab_size: Positive
-
-
-_NEEDED: dict[str, type[msgspec.Struct]] = {"transformer": _Transformer, "vae": _Vae, "text_encoder": _TextEncoder}
 
 
 @dataclass(frozen=True)
@@ -92,6 +48,10 @@ class Checkpoint:
         transformer: A fine-tuned transformer in place of the checkpoint's: a folder with ``config.json`` and weights,
             or one that holds such a folder as ``transformer``.
 
+    Attributes:
+        configs: Of every component, with diffusers' defaults for what its file leaves out.
+        notes: Where two of its files disagree, and whose word counted.
+
     Raises:
         CheckpointError: The folder, a config, a shard or a tensor is missing or damaged.
         WrongModelError: The folder is whole, but another model's.
@@ -110,8 +70,9 @@ class Checkpoint:
                 f"{root} holds {found or 'something without a name'}, not a CogVideoX pipeline",
                 fix=f"use a checkpoint of one of {', '.join(MODELS)}",
             )
-        self.configs = {component: self._config(component) for component in (*CLASSES, "text_encoder")}
-        self.traits = Traits.from_transformer_config(self.configs["transformer"])
+        self.notes: list[str] = []
+        self.configs = self._configs()
+        self.traits = Traits.from_transformer_config(self.configs["transformer"], PIPELINES[found])
 
     def _holds(self) -> object:
         """Return what the folder says it is: a pipeline's class, or where it is a single network, that one's."""
@@ -192,12 +153,20 @@ class Checkpoint:
             CheckpointError: There are no files of the variant, or an index makes no sense.
         """
         has = has or (lambda name: self.place(name).is_file())
-        first = {name: first_weight_file(name, self.variant, has) for name in COMPONENTS}
+        sources = {name: weight_sources(name, self.variant, has) for name in COMPONENTS}
+        first = {name: found[0] for name, found in sources.items()}
         if self.variant and not any(f".{self.variant}." in name for name in first.values()):
             raise CheckpointError(
                 f"{self.root} has no {self.variant} weight files", fix="leave out --variant, or name another one"
             )
+        self._note_ignored(sources[component])
         return self._indexed(first[component]) if first[component].endswith(".json") else [first[component]]
+
+    def _note_ignored(self, sources: list[str]) -> None:
+        if len(sources) > 1:
+            library = "transformers" if sources[0].startswith("text_encoder/") else "diffusers"
+            note = f"note: {self.root} has {' and '.join(sources)}; the first is read, as {library} does"
+            self.notes += [] if note in self.notes else [note]
 
     def weight_file(self, file: str, progress: Callable[[int], None] | None = None) -> WeightFile:
         """Return a weight file's entry for the manifest.
@@ -236,25 +205,21 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds no JSON object", fix="fetch the file again")
         return content
 
-    def _config(self, component: str) -> dict[str, Any]:
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        config = self._json(f"{component}/{name}")
-        path = self.place(f"{component}/{name}")
-        classes = CLASSES.get(component)
-        if classes and config.get("_class_name") not in classes:
-            raise WrongModelError(
-                f"{path} describes a {config.get('_class_name')}, not a {' or '.join(classes)}",
-                fix="use a CogVideoX checkpoint",
-            )
-        if component == "text_encoder" and config.get("model_type") != "t5":
-            raise WrongModelError(
-                f"{path} describes a {config.get('model_type')}, not a t5 encoder",
-                fix="use a CogVideoX checkpoint",
-            )
-        if component in _NEEDED:
-            with reading(path, CheckpointError, fix="fetch the file again"):
-                msgspec.convert(config, _NEEDED[component])
-        return config
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        """Return the config of every component as the class that ``model_index.json`` gives it reads it."""
+        from cvx_deploy.exporters.sources.configs import CLASSES, class_in_index, filled_config, other_class
+
+        index, configs = self._json("model_index.json"), {}
+        for component in CLASSES:
+            class_name = class_in_index(index, component, self.place("model_index.json"))
+            if component == "tokenizer":
+                continue
+            name = "scheduler_config.json" if component == "scheduler" else "config.json"
+            config, path = self._json(f"{component}/{name}"), self.place(f"{component}/{name}")
+            note = other_class(component, class_name, config, path, self.place("model_index.json"))
+            self.notes += [note] if note else []
+            configs[component] = filled_config(component, class_name, config, path)
+        return configs
 
     def _indexed(self, index: str) -> list[str]:
         """Return the files that an index names."""
@@ -271,13 +236,26 @@ class Checkpoint:
         return [f"{index.partition('/')[0]}/{name}" for name in names]
 
 
-def first_weight_file(component: str, variant: str | None, has: Callable[[str], bool]) -> str:
-    """Return what a component's weights are read from: an index or a single file, the variant's where it has one."""
+def weight_sources(component: str, variant: str | None, has: Callable[[str], bool]) -> list[str]:
+    """Return what there is to read a component's weights from, indexes and single files, the one that counts first.
+
+    transformers takes a single file before an index (``_get_resolved_checkpoint_files``), diffusers an index before a
+    single file, with an older name for the index of a variant (``_fetch_index_file_legacy``); both take the variant's
+    only, where a component has any. Of a component without weights the name that is missing is returned.
+    """
     stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
     whole = f"{component}/{stem}.safetensors"
-    plain = (f"{whole}.index.json", whole)
-    special = (f"{whole}.index.{variant}.json", f"{component}/{stem}.{variant}.safetensors") if variant else ()
-    return next(filter(has, (*special, *plain)), whole)
+    of_variant = [
+        f"{whole}.index.{variant}.json",
+        f"{whole}.{variant}.index.json",
+        f"{component}/{stem}.{variant}.safetensors",
+    ]
+    for names in (of_variant if variant else [], [f"{whole}.index.json", whole]):
+        if component == "text_encoder":
+            names.reverse()
+        if found := [name for name in names if has(name)]:
+            return found
+    return [whole]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cvx_deploy.errors import CheckpointError
-from cvx_deploy.exporters.sources.checkpoint import COMPONENTS, Checkpoint, first_weight_file
+from cvx_deploy.exporters.sources.checkpoint import COMPONENTS, Checkpoint, weight_sources
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.progress import Progress
 
@@ -141,7 +141,7 @@ def _small_files(repository: Repository, source: Source) -> list[str]:
         if name not in have:
             raise repository.lacks(name)
     tokenizer = [f"tokenizer/{name}" for name in _TOKENIZER if f"tokenizer/{name}" in have]
-    first = [first_weight_file(component, source.variant, have.__contains__) for component in source.components]
+    first = [weight_sources(component, source.variant, have.__contains__)[0] for component in source.components]
     return [*_NEEDED, *tokenizer, *(name for name in first if name.endswith(".json"))]
 
 

@@ -1,15 +1,11 @@
 """A repository of the Hugging Face hub, fetched into the hub's own cache, where other programs find it too.
 
-The cache holds each file once, as ``blobs/ETAG``, and links to it from ``snapshots/COMMIT/``. The ETag of a large file
-is its SHA-256, that of a small one git's hash. huggingface_hub keeps whole files only and does not look at hashes, so
-that the blobs are written here: a part of one stays as ``ETAG.incomplete`` and is gone on from, and a whole one must
-have the hash the hub gives for it. The links and the rest of the cache are huggingface_hub's work.
+The downloads are huggingface_hub's; it keeps whole files only, and over HTTP it does not look at hashes. So every file
+is held against the hash that the hub lists for it once it is there: of a large file its SHA-256, of a small one git's.
 """
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,20 +25,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import tqdm
 
 from cvx_deploy.errors import CheckpointError, CvxError, OutputError
 from cvx_deploy.exporters.sources.checkpoint import PICKLES, only_pickles
-from cvx_deploy.files import free_space
+from cvx_deploy.files import free_space, sha256_of
 from cvx_deploy.progress import Advance, Progress
 
 _WORKERS = 8
 _API_SECONDS = 30
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOG_IN = "log in with: hf auth login (or set HF_TOKEN)"
-_AGAIN = "run the command again: it goes on where it stopped"
+_AGAIN = "run the command again: files that came whole are kept"
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever the hub library uses
 
 
@@ -102,11 +99,24 @@ class _RemoteFile:
             )
         return cls(listed.rfilename, listed.size, etag)
 
-    def digest(self) -> "hashlib._Hash":
-        """Return a new digest that ends in `etag` when it has been told the file's bytes."""
+    def is_in(self, path: Path) -> bool:
+        """Whether a file holds this content."""
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
         if len(self.etag) == 64:
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+            return sha256_of(path) == self.etag
+        return (
+            hashlib.sha1(b"blob %d\0" % self.size + path.read_bytes(), usedforsecurity=False).hexdigest() == self.etag
+        )
+
+
+def _commit(told: str) -> str:
+    """Return the commit that a hub says a revision is; it becomes a folder's name, so that nothing else will do."""
+    if not _COMMIT.fullmatch(told):
+        raise CheckpointError(
+            f"{constants.ENDPOINT} gives {told!r:.80} for a commit", fix="use an endpoint that does (HF_ENDPOINT)"
+        )
+    return told
 
 
 class HubRepository:
@@ -120,7 +130,7 @@ class HubRepository:
         self._name, self._asked = name, revision
         with _stating(name, revision):
             info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_API_SECONDS)
-            self.revision = str(info.sha)
+            self.revision = _commit(str(info.sha))
             self.files = {listed.rfilename: _RemoteFile.of(listed) for listed in info.siblings or ()}
         self._storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
         self._snapshot = self._storage / "snapshots" / self.revision
@@ -138,9 +148,9 @@ class HubRepository:
 
     def fetch(self, files: Sequence[str], progress: Progress) -> Path:
         """Download the files that the cache lacks, several at once, and return the folder they lie in."""
-        missing = [self.files[name] for name in files if not self._has(self.files[name])]
+        missing = [file for file in map(self.files.__getitem__, files) if not self._has(file)]
         self._require_space(missing)
-        with _stating(self._name, self._asked, begun=True), _no_bars():
+        with _stating(self._name, self._asked, begun=True):
             if missing:
                 with progress.task(f"fetch {self._name}", sum(file.size for file in missing)) as advance:
                     stop = threading.Event()
@@ -153,15 +163,8 @@ class HubRepository:
         path = self._snapshot / file.name
         return path.is_file() and path.stat().st_size == file.size
 
-    def _blob(self, file: _RemoteFile) -> Path:
-        return self._storage / "blobs" / file.etag
-
     def _require_space(self, files: list[_RemoteFile]) -> None:
-        parts = (self._blob(file).with_name(f"{file.etag}.incomplete") for file in files)
-        have = sum(part.stat().st_size for part in parts if part.is_file())
-        have += sum(file.size for file in files if self._blob(file).is_file())
-        need = sum(file.size for file in files) - have
-        free = free_space(self._storage)
+        need, free = sum(file.size for file in files), free_space(self._storage)
         if need > free:
             raise OutputError(
                 f"{self._name} needs {need / 1e9:,.1f} GB more in {constants.HF_HUB_CACHE}, which has "
@@ -170,102 +173,41 @@ class HubRepository:
             )
 
     def _download(self, file: _RemoteFile, advance: Advance, stop: threading.Event) -> None:
-        """Put a file into the cache, going on from what an earlier download left."""
-        blob, link = self._blob(file), self._snapshot / file.name
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        if blob.is_file() and blob.stat().st_size == file.size:
-            advance(file.size)
-        else:
-            link.unlink(missing_ok=True)  # one to a blob that is not whole
-            with _locked(blob.with_name(f"{file.etag}.incomplete"), file.name) as part:
-                self._fill(part, file, advance, stop)
-                Path(part.name).replace(blob)
-        hf_hub_download(self._name, file.name, revision=self.revision)  # finds the blob, and links to it
-
-    def _fill(self, part: BinaryIO, file: _RemoteFile, advance: Advance, stop: threading.Event) -> None:
-        sink = _Sink(part, file, advance, stop)
-        token = get_token()
-        allowed = {"Authorization": f"Bearer {token}"} if token else {}
-        http_get(
-            hf_hub_url(self._name, file.name, revision=self.revision),
-            cast(BinaryIO, sink),
-            resume_size=sink.tell(),
-            headers={"Accept-Encoding": "identity", **allowed},
-            expected_size=file.size,
-        )
-        if not sink.is_right():
-            Path(part.name).unlink()
+        """Put a file into the cache; one that is there and not whole, or comes with another content, is not kept."""
+        self._forget(file)
+        path = Path(hf_hub_download(self._name, file.name, revision=self.revision, tqdm_class=_bar(advance, stop)))
+        if not file.is_in(path):
+            self._forget(file)
             raise CheckpointError(
                 f"{file.name} of {self._name} came with another content than its hash at {constants.ENDPOINT} says",
                 fix="run the command again; if that does not help, something on the way alters files",
             )
-        os.fsync(part.fileno())
+
+    def _forget(self, file: _RemoteFile) -> None:
+        """Remove a file of the cache unless its content is whole."""
+        link, blob = self._snapshot / file.name, self._storage / "blobs" / file.etag
+        if not file.is_in(blob):
+            blob.unlink(missing_ok=True)
+        if not file.is_in(link):
+            link.unlink(missing_ok=True)
 
 
-class _Sink:
-    """What a download is written to: hashed and counted as it comes, and stopped from outside.
+def _bar(advance: Advance, stop: threading.Event) -> type[tqdm]:
+    """Return a bar that shows nothing, tells what came to a `Progress`, and ends its download when it is to stop."""
+    first: list[tqdm] = []
 
-    It begins with what the file holds, and has as much of a file as `http_get` uses.
-    """
+    class Bar(tqdm):
+        def __init__(self, *values: Any, **options: Any) -> None:
+            super().__init__(*values, **options | {"disable": True})  # type: ignore[no-untyped-call]
+            first.append(self)  # of one file there may be a second bar, for bytes before they are decompressed
 
-    def __init__(self, part: BinaryIO, file: _RemoteFile, advance: Advance, stop: threading.Event) -> None:
-        self._part, self._file, self._advance, self._stop = part, file, advance, stop
-        if part.seek(0, os.SEEK_END) > file.size:
-            part.truncate(0)
-        self._begin()
-        while piece := part.read(1 << 22):
-            self._count(piece)
+        def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise InterruptedError
+            if self is first[0]:
+                advance(int(n or 0))
 
-    def _begin(self) -> None:
-        self._part.seek(0)
-        self._digest, self._done = self._file.digest(), 0
-
-    def _count(self, piece: bytes) -> None:
-        self._digest.update(piece)
-        self._done += len(piece)
-        self._advance(len(piece))
-
-    def tell(self) -> int:
-        """Return how many bytes there are."""
-        return self._done
-
-    def write(self, piece: bytes) -> None:
-        """Take the next bytes."""
-        if self._stop.is_set():
-            raise InterruptedError
-        self._part.write(piece)
-        self._count(piece)
-
-    def seek(self, offset: int) -> None:
-        """Begin anew: a server that does not know ranges sends everything again."""
-        assert offset == 0
-        self._advance(-self._done)
-        self._begin()
-
-    def truncate(self) -> None:
-        """Drop what is there."""
-        self._part.truncate(0)
-
-    def is_right(self) -> bool:
-        """Whether the bytes have the file's hash."""
-        self._part.flush()
-        return self._digest.hexdigest() == self._file.etag
-
-
-@contextlib.contextmanager
-def _locked(part: Path, name: str) -> Iterator[BinaryIO]:
-    """Open the part of a file that has come, for one process at a time."""
-    with part.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have put it in its place meanwhile: then this is the finished file.
-            if not os.path.samestat(os.fstat(stream.fileno()), part.stat()):
-                raise FileNotFoundError(part)
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"another process is fetching {name}", fix="wait until it ends, then run the command again"
-            ) from error
-        yield stream
+    return Bar
 
 
 def _in_parallel(jobs: Sequence[Callable[[], None]], stop: threading.Event) -> None:
@@ -283,19 +225,6 @@ def _in_parallel(jobs: Sequence[Callable[[], None]], stop: threading.Event) -> N
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep huggingface_hub's own progress bars off the screen."""
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-@contextlib.contextmanager
 def _stating(name: str, revision: str | None, *, begun: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub and the network raise into one stated failure; `begun` once the hub has answered."""
     try:
@@ -303,7 +232,10 @@ def _stating(name: str, revision: str | None, *, begun: bool = False) -> Iterato
     except CvxError:
         raise
     except Exception as error:
-        stated = _refused(error, name, revision) or _broken(error, name, begun)
+        # The hub library wraps what it was answered, and looks into its cache first.
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        within = cause if isinstance(cause, Exception) else error
+        stated = _refused(within, name, revision) or _broken(within, name, begun)
         if stated is None:
             raise
         raise stated from error

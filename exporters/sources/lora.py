@@ -10,6 +10,9 @@ Key forms, for a layer ``transformer_blocks.0.attn1.to_q``:
 - diffusers, and CogVideo's exporter of SAT adapters: ``transformer.<layer>.lora_A.weight``
 - older diffusers: ``transformer.<layer>.lora.down.weight``, ``....processor.to_q_lora.down.weight``
 - PEFT: ``base_model.model.<layer>.lora_A.weight``, ``.lora_A.default.weight``
+- ComfyUI and others: ``diffusion_model.<layer>.lora_down.weight``
+- kohya, OneTrainer, VideoX-Fun: ``lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight``, whose dots are found
+  again in the names of the checkpoint's own layers
 
 Alpha stands in the file's header (``lora_adapter_metadata``), in an ``adapter_config.json`` beside it, or in a tensor
 ``<layer>.alpha``; where it stands nowhere, alpha is the rank, as in diffusers.
@@ -43,9 +46,12 @@ MERGED: Final = "transformer.lora.safetensors"
 
 _FILES: Final = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _NEW: Final = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.\w+)??\.(?P<kind>weight|bias)")
-_DOWN_UP: Final = re.compile(r"(?P<layer>.+)\.lora\.(?P<side>down|up)\.weight")
+_DOWN_UP: Final = re.compile(r"(?P<layer>.+)\.lora[._](?P<side>down|up)\.weight")
+_FLAT: Final = re.compile(r"lora_(unet|transformer)__?(?P<layer>\w+)")
+_TEXT_ENCODER: Final = re.compile(r"text_encoder(_\d)?\.|lora_te\d?_")
 _PROCESSOR: Final = re.compile(r"(?P<layer>.+?)(?:\.processor)?\.to_(?P<to>q|k|v|out)_lora\.(?P<side>down|up)\.weight")
 _ALPHA: Final = re.compile(r"(?P<layer>.+?)(?:\.lora)?\.alpha")
+_LARGEST: Final = 1e9  # of an alpha: beyond any that was ever trained with
 _BLOCK: Final = re.compile(r"transformer_blocks\.(\d+)\.")
 
 Part = Literal["A", "B", "bias", "alpha"]
@@ -213,23 +219,32 @@ def _read_adapter(file: Path, scale: float, tensors: dict[str, StoredTensor]) ->
     with reading(file, CheckpointError, fix=fix, says=says), safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
         shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-        layers, ignored = _layers_of(file, shapes)
+        layers, ignored = _layers_of(file, shapes, tensors)
         _check(file, layers, tensors)
         config = _config_of(file, metadata)
         for name, layer in layers.items():
-            alpha = float(opened.get_tensor(layer.keys["alpha"])) if "alpha" in layer.keys else None
+            alpha = _number(file, opened.get_tensor(layer.keys["alpha"]), name) if "alpha" in layer.keys else None
             layer.factor = _factor(file, name, layer.shapes["B"][1], scale, alpha, config)
     return Adapter(Lora(str(file), scale, sha256_of(file)), layers, ignored)
 
 
-def _layers_of(file: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, _Layer], int]:
+def _number(file: Path, alpha: torch.Tensor, name: str) -> float:
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise CheckpointError(f"{file}: the alpha of {name} is {list(alpha.shape)} and no number", fix="fetch it again")
+    return float(alpha)
+
+
+def _layers_of(file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[str]) -> tuple[dict[str, _Layer], int]:
     layers: dict[str, _Layer] = {}
+    flat = {name.replace(".", "_"): name for name in (tensor.rpartition(".")[0] for tensor in tensors)}
     ignored = 0
     for key in sorted(shapes):
-        if key.startswith(("text_encoder.", "text_encoder_2.")):
+        if _TEXT_ENCODER.match(key):
             ignored += 1
             continue
         name, part = _place_of(file, key)
+        if found := _FLAT.fullmatch(name):
+            name = flat.get(found["layer"], name)
         layer = layers.setdefault(name, _Layer())
         if part in layer.keys:
             raise CheckpointError(f"{file}: {key} and {layer.keys[part]} are for the same layer", fix="use one adapter")
@@ -246,7 +261,8 @@ def _place_of(file: Path, key: str) -> tuple[str, Part]:
             f"{file}: {key} is of a DoRA, LoKr or LoHa adapter, and only LoRA is merged",
             fix="fuse it in diffusers, save the pipeline with save_pretrained, and export that checkpoint",
         )
-    plain = key.removeprefix("base_model.model.").removeprefix("transformer.")
+    plain = key.removeprefix("base_model.model.").removeprefix("model.diffusion_model.")
+    plain = plain.removeprefix("diffusion_model.").removeprefix("transformer.")
     if found := _NEW.fullmatch(plain):
         if found["kind"] == "weight":
             return found["layer"], "A" if found["side"] == "A" else "B"
@@ -261,7 +277,8 @@ def _place_of(file: Path, key: str) -> tuple[str, Part]:
         return found["layer"], "alpha"
     raise CheckpointError(
         f"{file}: {key} is no key of a LoRA of CogVideoX",
-        fix="use one in the form of diffusers (transformer.<layer>.lora_A.weight) or PEFT",
+        fix="use one in the form of diffusers (transformer.<layer>.lora_A.weight), PEFT, ComfyUI (diffusion_model.) or "
+        "kohya (lora_unet_)",
     )
 
 
@@ -328,20 +345,29 @@ def _factor(file: Path, name: str, rank: int, scale: float, alpha: float | None,
     if alpha is None:
         alpha = rank
         if config:
-            alpha = _of_layer(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-            told = _of_layer(config.get("rank_pattern"), name, config.get("r", rank))
+            alpha = _of_layer(file, config, "alpha_pattern", name, config.get("lora_alpha", rank))
+            told = _of_layer(file, config, "rank_pattern", name, config.get("r", rank))
             if told != rank:
                 raise CheckpointError(
-                    f"{file}: the rank of {name} is {rank}, and {told} in its LoRA config", fix="fetch it again"
+                    f"{file}: the rank of {name} is {rank}, and {told!s:.80} in its LoRA config", fix="fetch it again"
                 )
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: the alpha of {name} is {alpha}", fix="fetch it again")
+    if not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST:
+        raise CheckpointError(f"{file}: the alpha of {name} is {alpha!s:.80}", fix="fetch it again")
     return scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _of_layer(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+def _of_layer(file: Path, config: dict[str, Any], of: str, name: str, default: Any) -> Any:
     """Return what a LoraConfig's pattern says of a layer: its keys match the end of the layer's name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+    patterns = config.get(of) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{file}: {of} in its LoRA config is no table of patterns", fix="fetch it again")
+    for key, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({key})$", name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(
+                f"{file}: {of} in its LoRA config has {key!r:.80}, which is no pattern: {error}", fix="fetch it again"
+            ) from error
+        if matches:
             return value
     return default

@@ -68,6 +68,7 @@ _TRANSFORMER_LAYERS: Final[tuple[tuple[str, str, int, tuple[int, ...]], ...]] = 
     (r"ofs_embedding\.linear_1", "ofs_embed.0", 1, (0,)),
     (r"ofs_embedding\.linear_2", "ofs_embed.2", 1, (0,)),
 )
+_ADAPTER: Final = re.compile(r"\.matrix_[AB]\.")
 _POSITIONS: Final = "mixins.pos_embed.pos_embedding"
 # What SAT keeps and diffusers computes, or has in other components.
 _UNUSED: Final = {
@@ -112,7 +113,6 @@ def checkpoint_from_sat(
     base: Path,
     output: Path,
     progress: Progress | None = None,
-    shard_bytes: int = FULL_SHARD_BYTES,
 ) -> Path:
     """Write a checkpoint in diffusers layout whose transformer, VAE or both come from SAT files.
 
@@ -122,7 +122,6 @@ def checkpoint_from_sat(
         base: A checkpoint in diffusers layout of the same model, for the configs and everything else.
         output: A folder that does not exist yet, or is empty.
         progress: Shows the weight bytes written.
-        shard_bytes: Weight files get no larger than this.
 
     Returns:
         `output`.
@@ -146,7 +145,7 @@ def checkpoint_from_sat(
         hashes: dict[str, str] = {}
         with progress.task("write weights", sum(network.nbytes for network in networks.values())) as advance:
             for network in networks.values():
-                hashes |= network.write(folder, shard_bytes, advance)
+                hashes |= network.write(folder, advance)
         for file in (*small, *kept):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         for file in small:
@@ -203,12 +202,12 @@ class _Network:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def write(self, folder: Path, shard_bytes: int, advance: Advance) -> dict[str, str]:
+    def write(self, folder: Path, advance: Advance) -> dict[str, str]:
         """Write its weight files and their index, and return the hashes of the former by path."""
         meta = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in self.tensors.items()
         }
-        files, index = split_into_shards(self.component, meta, shard_bytes)
+        files, index = split_into_shards(self.component, meta, FULL_SHARD_BYTES)
         hashes = {}
         for file, names in files.items():
             path = f"{self.component}/{file}"
@@ -224,6 +223,12 @@ class _Network:
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         fix = "use the file and the base checkpoint of the same model"
+        adapters = [key for key in self.state if _ADAPTER.search(key)]
+        if adapters:  # before anything else: beside them every layer has another name, too
+            raise WrongModelError(
+                f"{self.path}: {adapters[0]} is of LoRA training, and no weight of the {self.component}",
+                fix="write the LoRA out with CogVideo's tools/export_sat_lora_weight.py, and export with --lora",
+            )
         for name, source in self.sources.items():
             if source.key not in self.state:
                 raise WrongModelError(f"{self.path} has no {source.key}, which is to become {name}", fix=fix)
@@ -240,11 +245,7 @@ class _Network:
         used = {source.key for source in self.sources.values()}
         for key in self.state:
             if key not in used and not _UNUSED[self.component].fullmatch(key):
-                adapter = ".matrix_A." in key or ".matrix_B." in key
-                raise WrongModelError(
-                    f"{self.path}: {key} has no place in the {self.component}",
-                    fix="write the LoRA out with CogVideo's tools/export_sat_lora_weight.py" if adapter else fix,
-                )
+                raise WrongModelError(f"{self.path}: {key} has no place in the {self.component}", fix=fix)
 
 
 def _transformer_source(name: str) -> _Source:

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.engines.finite import FiniteBackend
+from cvx_deploy.engines.finite import FiniteCheck
+from cvx_deploy.engines.observe import ObservedBackend
 from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.request import RunRequest
@@ -53,8 +54,12 @@ class Damaged:
             return made
 
 
+def checked(backend: Damaged) -> ObservedBackend:
+    return ObservedBackend(backend, FiniteCheck(backend))
+
+
 def make(backend: Damaged, folder: Path, **request: Any) -> None:
-    run(FiniteBackend(backend), RunRequest(("one", "two"), folder / "out.npy", **{"steps": 4, **request}))
+    run(checked(backend), RunRequest(("one", "two"), folder / "out.npy", **{"steps": 4, **request}))
 
 
 def failure(backend: Damaged, folder: Path) -> EngineError:
@@ -90,7 +95,7 @@ def test_other_networks_say_which_run_it_was(tmp_path: Path) -> None:
 
 
 def test_what_comes_from_the_host_is_looked_at_too() -> None:
-    backend = FiniteBackend(Damaged())
+    backend = checked(Damaged())
     [latents] = backend.bundle.network("vae_decoder_first").inputs
     sizes = {"latent_height": 6, "latent_width": 6}
     with backend.load("vae_decoder_first", sizes) as session, pytest.raises(EngineError, match="was given 1 NaN"):

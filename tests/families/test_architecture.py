@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from cvx_deploy.shape import Shape
 from tests.conftest import ROOT, Exported, Tiny
 
 RESULTS = ROOT / "benchmarks" / "results"
+OF_CHECKPOINT = runpy.run_path(str(ROOT / "benchmarks" / "architecture.py"))["architecture_of"]
 
 
 def read(checkpoint: Path) -> Architecture:
-    parts = ("transformer", "text_encoder", "vae")
-    return Architecture.of_configs(*(json.loads((checkpoint / part / "config.json").read_text()) for part in parts))
+    """Return what a checkpoint's configs describe, as the benchmarks read them."""
+    found: Architecture = OF_CHECKPOINT(checkpoint)
+    return found
 
 
 def parameters(bundle: Bundle, role: str) -> int:

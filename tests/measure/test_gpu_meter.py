@@ -1,11 +1,9 @@
-"""The GPU's meter, on an NVML of our own: none was at hand."""
+"""What the GPU's meter makes of what NVML tells, on an NVML of our own: none was at hand."""
 
 import os
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
-
-import pytest
 
 from cvx_deploy.bench.markdown import report
 from cvx_deploy.measure.memory import GpuMeter, MemoryWatch
@@ -18,10 +16,10 @@ class NVMLError(Exception):
 
 @dataclass
 class FakeNvml:
-    """A GPU of which 5,000 bytes are used, 3,000 of them by one process."""
+    """A GPU of which 5,000 bytes are used, 3,000 of them by one process and 1,500 by another."""
 
     pid: int
-    energy: bool = True
+    energy: tuple[int, ...] = ()
     NVMLError: type[Exception] = NVMLError
 
     def nvmlDeviceGetName(self, handle: Any) -> str:  # noqa: N802
@@ -31,7 +29,8 @@ class FakeNvml:
         return "580.1"
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:  # noqa: N802
-        return [SimpleNamespace(pid=self.pid, usedGpuMemory=3000)]
+        others = SimpleNamespace(pid=1, usedGpuMemory=1500)
+        return [others, SimpleNamespace(pid=self.pid, usedGpuMemory=3000)]
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
         return SimpleNamespace(used=5000)
@@ -39,10 +38,11 @@ class FakeNvml:
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
         if not self.energy:
             raise NVMLError
-        return 7000
+        first, *self.energy = self.energy  # type: ignore[assignment]
+        return first
 
 
-def test_memory_is_the_processs_where_nvml_knows_it() -> None:
+def test_memory_is_the_processs_own_among_several() -> None:
     meter = GpuMeter(FakeNvml(pid=os.getpid()), None)
     with MemoryWatch(interval=0.001, gpu=meter) as watch:
         pass
@@ -56,9 +56,28 @@ def test_memory_is_the_whole_gpus_where_it_does_not_and_the_method_says_so() -> 
     assert meter.method.startswith("NVML, all that is used on the GPU")
 
 
-@pytest.mark.parametrize(("offered", "joules"), [(True, 7.0), (False, None)])
-def test_energy_is_none_where_it_is_not_offered(offered: bool, joules: float | None) -> None:
-    assert GpuMeter(FakeNvml(pid=1, energy=offered), None).joules() == joules
+def test_figures_of_one_run_are_never_of_two_kinds() -> None:
+    """A process that NVML lost once and finds again: from then on all samples are of the whole GPU."""
+    nvml = FakeNvml(pid=os.getpid())
+    meter = GpuMeter(nvml, None)
+    found = [meter.used(os.getpid())]
+    nvml.pid = -1
+    found.append(meter.used(os.getpid()))
+    nvml.pid = os.getpid()
+    found.append(meter.used(os.getpid()))
+    assert found == [3000, 5000, 5000]
+
+
+def test_energy_is_what_a_counter_of_millijoules_grew_by() -> None:
+    meter = GpuMeter(FakeNvml(pid=1, energy=(7_000, 9_500)), None)
+    before, after = meter.joules(), meter.joules()
+    assert before is not None
+    assert after is not None
+    assert after - before == 2.5
+
+
+def test_energy_is_none_where_there_is_no_counter() -> None:
+    assert GpuMeter(FakeNvml(pid=1), None).joules() is None
 
 
 def test_report_shows_what_a_gpu_took() -> None:

@@ -1,5 +1,7 @@
 """Whole videos against diffusers' own pipelines: same weights, same seed, same pixels."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from PIL import Image
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.errors import CvxError, EngineError
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import run
 from cvx_deploy.shape import Shape
@@ -154,6 +157,31 @@ def test_video_to_video_matches_diffusers(
     )
     found = ours(bundle, tmp_path, scheduler=scheduler, seed=11, video=tmp_path / "clip", strength=strength, steps=5)
     assert_same(found, expected)
+
+
+def with_ratio(checkpoint: Path, folder: Path, ratio: int) -> Path:
+    """Return a copy of a checkpoint whose VAE makes fewer or more video frames of a latent one; its weights fit all."""
+    shutil.copytree(checkpoint, folder)
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"temporal_compression_ratio": ratio}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), (2, 20), (8, 17)])
+def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
+    ratio: int, frames: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = with_ratio(tiny("5b"), tmp_path / "checkpoint", ratio)
+    request = ExportRequest("mine", folder, frames=frames, height=48, width=48)
+    bundle = bundle_from_checkpoint(request, tmp_path / "bundle")
+    pictures = [gradient(seed) for seed in range(frames)]
+    (tmp_path / "clip").mkdir()
+    for index, frame in enumerate(pictures):
+        frame.save(tmp_path / "clip" / f"{index}.png")
+    call = {"strength": 0.5, "num_inference_steps": 4, "video": pictures}
+    expected = diffusers(CogVideoXVideoToVideoPipeline, bundle, folder, "dpm", 11, **call)
+    assert_same(ours(bundle, tmp_path, seed=11, video=tmp_path / "clip", strength=0.5, steps=4), expected)
 
 
 TWO_SHAPES = [

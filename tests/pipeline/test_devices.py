@@ -33,7 +33,7 @@ def test_every_piece_is_done_once_in_turn_by_every_device(count: int) -> None:
             done.append((device, piece))
             yield
 
-    share_out("abc", count, work)
+    list(share_out("abc", count, work))
     assert sorted(done, key=lambda each: each[1]) == [("abc"[piece % 3], piece) for piece in range(count)]
 
 
@@ -44,7 +44,7 @@ def test_devices_work_at_the_same_time() -> None:
         meeting.wait()
         yield
 
-    share_out("ab", 2, work)
+    list(share_out("ab", 2, work))
 
 
 def test_one_device_that_fails_stops_the_others() -> None:
@@ -60,7 +60,7 @@ def test_one_device_that_fails_stops_the_others() -> None:
             closed.append(device)
 
     with pytest.raises(EngineError, match="b failed"):
-        share_out("ab", 2, work)
+        list(share_out("ab", 2, work))
     assert sorted(closed) == ["a", "b"]
 
 

@@ -1,10 +1,12 @@
 """Calibration tables on disk."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.families.cogvideox.models import MODELS
@@ -13,18 +15,28 @@ from cvx_deploy.quantize.table import CalibrationTable, Conditions, describe, de
 from cvx_deploy.shape import Shape
 
 TRAITS = MODELS["5b"].traits
-CONDITIONS = Conditions(1, "d" * 64, TRAITS, Shape(9, 80, 112), "p" * 64, 2, 4, (0, 2, 3), 6.0, 0, 99.99, "bf16", {})
+CONDITIONS = Conditions(2, "d" * 64, TRAITS, Shape(9, 80, 112), "p" * 64, 2, 4, (0, 2, 3), 6.0, 0, "bf16", {})
 AMAX = {"a": np.array([1, 4], np.float32), "b": np.array([2], np.float32)}
-TABLE = CalibrationTable(CONDITIONS, AMAX, {"a": 3.0, "b": 2.0})
+TABLE = CalibrationTable(CONDITIONS, AMAX)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     TABLE.write(tmp_path / "table")
     found = CalibrationTable.read(tmp_path / "table")
     assert found.conditions == CONDITIONS
-    assert found.percentile == TABLE.percentile
     assert all(np.array_equal(found.amax[place], AMAX[place]) for place in AMAX)
     assert "2 prompts at 9x80x112" in describe(found)
+
+
+def test_a_table_of_the_first_version_is_read_without_its_percentiles(tmp_path: Path) -> None:
+    old = asdict(CONDITIONS) | {"schema_version": 1, "percentile": 99.99}
+    tensors = {f"{place}.amax": channels for place, channels in AMAX.items()}
+    tensors |= {f"{place}.percentile": np.array([1], np.float32) for place in AMAX}
+    save_file(tensors, tmp_path / "table", {"calibration": json.dumps(old)})
+    found = CalibrationTable.read(tmp_path / "table")
+    assert found.conditions == CONDITIONS
+    assert found.as_dict()["places"] == {"a": 4.0, "b": 2.0}
+    assert describe_difference(found, TABLE)[1] == "the two tables are the same"
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
@@ -42,7 +54,7 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
     path.write_bytes(whole[:-3])
     with pytest.raises(CalibrationError, match="damaged"):
         CalibrationTable.read(path)
-    path.write_bytes(whole.replace(b'\\"schema_version\\": 1', b'\\"schema_version\\": 9'))
+    path.write_bytes(whole.replace(b'\\"schema_version\\": 2', b'\\"schema_version\\": 9'))
     with pytest.raises(CalibrationError, match="schema version 9"):
         CalibrationTable.read(path)
     path.write_bytes(whole.replace(b"calibration", b"calibratiom"))

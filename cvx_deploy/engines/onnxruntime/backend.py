@@ -5,7 +5,8 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
 from cvx_deploy.engines.endable import endable
+from cvx_deploy.engines.residency import Policy, Residency, key_of
+from cvx_deploy.engines.weights import mapped_file
 from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
 from cvx_deploy.graph.tiled_attention import attend_in_tiles, holds_large_scores
 from cvx_deploy.install import pip_install
@@ -49,11 +52,23 @@ _EXACT_WEIGHTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 class OrtSession:
     """One network in an ONNX Runtime session, and where its tensors lie."""
 
-    def __init__(self, name: str, network: Network, session: onnxruntime.InferenceSession, memory: "_Memory") -> None:
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        session: onnxruntime.InferenceSession,
+        memory: "_Memory",
+        weights: list[NDArray[np.uint8]],
+    ) -> None:
         self._name = name
+        self._weights = weights  # mapped, and read again where ONNX Runtime did not arrange them anew
         self._outputs = [spec.name for spec in network.outputs]
         self._session = session
         self._memory = memory
+
+    def close(self) -> None:
+        """Free the network."""
+        del self._session
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, onnxruntime.OrtValue]:
         """Run the network once."""
@@ -86,6 +101,7 @@ class OrtBackend:
         progress: Told when a weight file must be hashed again, which takes a while on a large one.
         device: The CUDA device; None for the CPU.
         reference: Whether to run what the CPU multiplies in float32 for want of kernels, fp8: slow, and right.
+        residency: Which networks stay loaded.
         optimized: A folder for ``ROLE.onnx`` of every network that is loaded: the graph as it is run, without weights.
 
     Raises:
@@ -100,6 +116,7 @@ class OrtBackend:
         device: int | None = None,
         *,
         reference: bool = False,
+        residency: Policy = "resident",
         optimized: Path | None = None,
     ) -> None:
         if device is not None:
@@ -111,17 +128,31 @@ class OrtBackend:
         self._threads = threads
         self._optimized = optimized
         self._progress = progress or SilentProgress()
-        self._mapped: dict[str, NDArray[np.uint8]] = {}
+        self._residency: Residency[OrtSession] = Residency(residency, self._progress, OrtSession.close)
 
-    @contextlib.contextmanager
-    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OrtSession]:
-        """Load a network for the block; see `Backend.load`."""
-        described = self.bundle.network(role)
-        graph = self.bundle.onnx_bytes(role)
-        if not self._memory.on_gpu and holds_large_scores(described, dict(sizes)):
-            with reading(self.bundle.onnx_path(role), BundleError, fix=self.bundle.remedy), no_foreign_lines():
+    def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[OrtSession]:
+        """Give a network for the block; see `Backend.load`."""
+        key = key_of(self.bundle.network_name(role), sizes)
+        return self._residency.hold(role, key, partial(self._loaded, self.bundle, role, dict(sizes)))
+
+    def prefetch(self, role: str, sizes: Mapping[str, int]) -> None:
+        """See `Prefetching.prefetch`; on a GPU nothing is loaded while it works."""
+        if not self._memory.on_gpu:
+            key = key_of(self.bundle.network_name(role), sizes)
+            self._residency.prefetch(key, partial(self._loaded, self.bundle, role, dict(sizes)))
+
+    def close(self) -> None:
+        """Free every network."""
+        self._residency.close()
+
+    def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
+        described = bundle.network(role)
+        graph = bundle.onnx_bytes(role)
+        if not self._memory.on_gpu and holds_large_scores(described, sizes):
+            with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
                 graph = attend_in_tiles(graph)
-        options = self._options(described, dict(sizes))
+        weights = [mapped_file(bundle, name, self._progress) for name in described.weights]
+        options = self._options(described, sizes, weights)
         if self._optimized is not None:
             _keep_graph(options, self._optimized / f"{role}.onnx")
         providers = self._memory.providers
@@ -144,7 +175,7 @@ class OrtBackend:
             raise EngineError(f"ONNX Runtime would run {role} on the CPU: it cannot use CUDA here", fix=_LIBRARIES)
         if self._memory.on_gpu:
             self._note_what_stays(role, session)
-        yield OrtSession(role, described, session, self._memory)
+        return OrtSession(role, described, session, self._memory, weights)
 
     def to_device(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
         """Return the values as ONNX Runtime holds them."""
@@ -170,7 +201,9 @@ class OrtBackend:
             every = sum(len(nodes) for _, nodes in assigned)
             self._progress.note(f"note: the CPU runs {here.total()} of the {every} operators of {role}: {kinds}")
 
-    def _options(self, network: Network, sizes: dict[str, int]) -> onnxruntime.SessionOptions:
+    def _options(
+        self, network: Network, sizes: dict[str, int], weights: list[NDArray[np.uint8]]
+    ) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SILENT
         if self._memory.on_gpu:
@@ -183,16 +216,10 @@ class OrtBackend:
         for symbol in sorted(symbols):
             options.add_free_dimension_override_by_name(symbol, dimension(symbol, sizes))
         if network.weights:
-            arrays = [self._map(name) for name in network.weights]
             options.add_external_initializers_from_files_in_memory(
-                list(network.weights), arrays, [array.nbytes for array in arrays]
+                list(network.weights), weights, [array.nbytes for array in weights]
             )
         return options
-
-    def _map(self, name: str) -> NDArray[np.uint8]:
-        if name not in self._mapped:
-            self._mapped[name] = np.memmap(self.bundle.weight_path(name, self._progress), np.uint8, mode="r")
-        return self._mapped[name]
 
 
 def _keep_graph(options: onnxruntime.SessionOptions, path: Path) -> None:

@@ -1,7 +1,9 @@
 """The OpenVINO backend: on a CPU the fastest engine, in fp32, and in bf16 where the CPU multiplies matrices of it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network
+from cvx_deploy.engines.residency import Policy, Residency, key_of
+from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import BundleError, EngineError
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
@@ -40,6 +44,10 @@ class OpenVinoSession:
             next(iter(wanted & out.names)): (tuple(out.shape), out.element_type.to_dtype()) for out in compiled.outputs
         }  # a tensor can have other names besides
         self._request = compiled.create_infer_request()
+
+    def close(self) -> None:
+        """Free the network."""
+        del self._request, self._weights
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run the network once; Ctrl-C stops in the middle of it."""
@@ -78,15 +86,24 @@ class OpenVinoBackend:
         bundle: What to run.
         threads: Threads within an operator; None for one per core.
         progress: Told when a weight file must be hashed again, which takes a while on a large one.
+        residency: Which networks stay loaded.
 
     Raises:
         EngineError: This CPU does not compute in the bundle's precision.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        *,
+        residency: Policy = "resident",
+    ) -> None:
         self.bundle = bundle
         self._core = openvino.Core()
         self._progress = progress or SilentProgress()
+        self._residency: Residency[OpenVinoSession] = Residency(residency, self._progress, OpenVinoSession.close)
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         for precision in sorted(bundle.manifest.computes_in.difference(precisions())):
             raise EngineError(
@@ -104,17 +121,29 @@ class OpenVinoBackend:
                 fix="run it with --engine onnxruntime, or export with --precision int8wo/fp32 or fp32",
             )
 
-    @contextlib.contextmanager
-    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[OpenVinoSession]:
-        """Load a network for the block; see `Backend.load`."""
-        described = self.bundle.network(role)
+    def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[OpenVinoSession]:
+        """Give a network for the block; see `Backend.load`."""
+        key = key_of(self.bundle.network_name(role), sizes)
+        return self._residency.hold(role, key, partial(self._loaded, self.bundle, role, dict(sizes)))
+
+    def prefetch(self, role: str, sizes: Mapping[str, int]) -> None:
+        """See `Prefetching.prefetch`."""
+        key = key_of(self.bundle.network_name(role), sizes)
+        self._residency.prefetch(key, partial(self._loaded, self.bundle, role, dict(sizes)))
+
+    def close(self) -> None:
+        """Free every network."""
+        self._residency.close()
+
+    def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OpenVinoSession:
+        described = bundle.network(role)
         try:
-            model, weights = self._model(role)
-            compiled = self._compiled(model, role, described, dict(sizes))
+            model, weights = self._model(bundle, role)
+            compiled = self._compiled(model, role, described, sizes)
         except RuntimeError as error:
             again = "export the bundle again with this version of cvx-deploy, or run it with --engine onnxruntime"
             raise EngineError(f"OpenVINO cannot load {role}: {_told(error)}", fix=again) from error
-        yield OpenVinoSession(role, described, compiled, weights)
+        return OpenVinoSession(role, described, compiled, weights)
 
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the values: the device is the host."""
@@ -135,7 +164,7 @@ class OpenVinoBackend:
         }
         return self._core.compile_model(model, _CPU, settings)
 
-    def _model(self, role: str) -> tuple[openvino.Model, _Weights]:
+    def _model(self, bundle: Bundle, role: str) -> tuple[openvino.Model, _Weights]:
         """Read a graph, with its weights as inputs at first, which then become constants over the mapped bytes.
 
         Left to itself OpenVINO copies each weight when it reads a graph from memory, and for a graph on disk it wants
@@ -143,11 +172,9 @@ class OpenVinoBackend:
         """
         import onnx
 
-        from cvx_deploy.engines.weights import mapped_weights
-
-        with reading(self.bundle.onnx_path(role), BundleError, fix=self.bundle.remedy), no_foreign_lines():
-            proto = onnx.ModelProto.FromString(self.bundle.onnx_bytes(role))
-        weights = mapped_weights(self.bundle, self.bundle.network_name(role), proto.graph, self._progress)
+        with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
+            proto = onnx.ModelProto.FromString(bundle.onnx_bytes(role))
+        weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))
         model = self._core.read_model(proto.SerializeToString())

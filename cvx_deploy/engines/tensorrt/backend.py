@@ -1,11 +1,13 @@
 """The TensorRT backend: engines of either library on one GPU, with device memory through CUDA and no torch.
 
 Everything runs on one stream. What was loaded stays loaded, with its CUDA graphs, until the backend is closed; within a
-limit of device memory, the networks of one phase (text encoder, transformer, VAE) make room for those of the next.
+limit of device memory, the networks of one phase (text encoder, transformer, VAE) make room for those of the next; see
+`engines.residency`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.cuda import Cuda
+from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.tensorrt.device_memory import Activations, Constant, DeviceMemory, DeviceTensor, Download
 from cvx_deploy.engines.tensorrt.engine import Engine, EngineLoader
 from cvx_deploy.engines.tensorrt.libraries import Library
@@ -22,8 +25,6 @@ from cvx_deploy.engines.tensorrt.session import Device, Layout, TrtSession
 from cvx_deploy.engines.tensorrt.store import EngineRecord, EngineStore, Platform
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.progress import Progress, SilentProgress
-
-_Key = tuple[str, tuple[tuple[str, int], ...]]  # role and sizes
 
 
 class TensorRtBackend:
@@ -39,6 +40,7 @@ class TensorRtBackend:
         device: Which GPU.
         cuda_graphs: Whether runs that come again are launched as one graph.
         vram: Bytes of device memory that may be used; None for all there are.
+        residency: Which networks stay loaded; within `vram` those of one phase.
         progress: Told what is worth knowing.
 
     Raises:
@@ -55,6 +57,7 @@ class TensorRtBackend:
         device: int = 0,
         cuda_graphs: bool = True,
         vram: int | None = None,
+        residency: Policy = "resident",
         progress: Progress | None = None,
     ) -> None:
         self.bundle = bundle
@@ -68,7 +71,8 @@ class TensorRtBackend:
         self._memory = DeviceMemory(cuda)
         self._block = Activations(self._memory)
         self._engines: dict[Path, Engine] = {}
-        self._sessions: dict[_Key, TrtSession] = {}
+        policy: Policy = residency if vram is None else "phase"
+        self._residency: Residency[TrtSession] = Residency(policy, self._progress, self._free)
         self._noted = False
         with ExitStack() as stack:
             self._stream = cuda.create_stream()
@@ -88,24 +92,16 @@ class TensorRtBackend:
         with suppress(EngineError) if error is not None else nullcontext():
             self.close()
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most device memory that in- and outputs and activations took at once; weights are the library's."""
-        return self._memory.peak
-
     @contextmanager
     def load(self, role: str, sizes: Mapping[str, int]) -> Iterator[TrtSession]:
-        """Load a network for the block; see `Backend.load`. It stays loaded, for the next block that asks for it."""
+        """Give a network for the block; see `Backend.load`."""
         self._cuda.use(self._number)
-        key = role, tuple(sorted(sizes.items()))
-        if key not in self._sessions:
-            self._sessions[key] = self._loaded(role, dict(sizes))
-        session = self._sessions[key]
-        session.open += 1
-        try:
-            yield session
-        finally:
-            session.open -= 1
+        with self._residency.hold(role, key_of(role, sizes), partial(self._loaded, role, dict(sizes))) as session:
+            session.open += 1
+            try:
+                yield session
+            finally:
+                session.open -= 1
 
     def require(self, needed: Iterable[tuple[str, Mapping[str, int]]]) -> None:
         """Raise EngineError unless there is a whole engine for every role at its sizes; none is loaded."""
@@ -134,7 +130,7 @@ class TensorRtBackend:
     def _loaded(self, role: str, sizes: dict[str, int]) -> TrtSession:
         described = self.bundle.network(role)
         path = self._store.path(self._found(role, sizes))
-        self._evict(role, path)
+        self._evict(path)
         with ExitStack() as stack:
             engine = self._engine(path, role)
             if path not in self._engines:
@@ -166,7 +162,7 @@ class TensorRtBackend:
     def _give_block(self, session: TrtSession) -> None:
         """Let a network compute in the block that all share, made larger where it needs more."""
         needed, before = session.engine.activations, self._block.nbytes
-        sessions = [*self._sessions.values(), session]
+        sessions = [*self._residency.sessions, session]
         if needed > before:
             self._cuda.synchronize(self._stream)
             for other in sessions:
@@ -177,35 +173,27 @@ class TensorRtBackend:
                 self._block.grow(before)
                 raise
             finally:
-                for other in self._sessions.values():
+                for other in self._residency.sessions:
                     other.use_block()
         session.use_block()
 
-    def _evict(self, role: str, path: Path) -> None:
-        """Within a limit, let go of other phases' networks, and of as many as must go for an engine's file to fit."""
-        if self._vram is None:
-            return
-        for session in self._idle():
-            if _phase(session.role) != _phase(role):
-                self._let_go(session)
-        if path not in self._engines:
+    def _evict(self, path: Path) -> None:
+        """Within a limit, let go of as many networks as must go for an engine's file to fit."""
+        if self._vram is not None and path not in self._engines:
             size = path.stat().st_size
-            while self._room(0, 0) < size and self._idle():
-                self._let_go(self._idle()[0])
+            while self._room(0, 0) < size and (idle := self._residency.idle):
+                self._residency.let_go(idle[0])
 
-    def _idle(self) -> list[TrtSession]:
-        return [session for session in self._sessions.values() if not session.open]
-
-    def _let_go(self, session: TrtSession) -> None:
+    def _free(self, session: TrtSession) -> None:
+        """Free a network, and its engine where no other uses it."""
         self._cuda.synchronize(self._stream)
-        self._sessions = {key: other for key, other in self._sessions.items() if other is not session}
         session.close()
-        used = {other.engine for other in self._sessions.values()}
+        used = {other.engine for other in self._residency.sessions}
         for path, engine in list(self._engines.items()):
             if engine not in used:
                 del self._engines[path]
                 engine.close()
-        if not self._sessions:
+        if not used:
             self._block.free()
 
     def _room(self, extra: int, activations: int) -> int:
@@ -229,10 +217,10 @@ class TensorRtBackend:
         while True:
             tensors = layout.own_bytes() + self._memory.shared_bytes(layout.shared())
             room = self._room(tensors + weights, engine.activations)
-            idle = [session for session in self._idle() if session.engine is not engine]
+            idle = [session for session in self._residency.idle if session.engine is not engine]
             if room >= streamable or not idle:
                 break
-            self._let_go(idle[0])
+            self._residency.let_go(idle[0])
         if room < 0:
             raise _too_small(role, self._vram, room, weights, engine.activations, tensors)
         if streamable:
@@ -246,16 +234,15 @@ class TensorRtBackend:
         except OutOfMemoryError as error:
             free, total = self._cuda.memory_info()
             held = self._memory.in_use + sum(engine.on_device for engine in {*self._engines.values(), *loading})
-            roles = sorted({session.role for session in self._sessions.values()})
+            roles = sorted({session.role for session in self._residency.sessions})
             beside = f", beside {_size(held)} of {', '.join(roles)}" if roles else ""
             raise OutOfMemoryError(
                 f"{role} does not fit into the GPU's memory{beside}: {_size(free)} of {_size(total)} are free",
-                fix=self._remedy(role, free + held),
+                fix=self._remedy(free + held),
             ) from error
 
-    def _remedy(self, role: str, available: int) -> str:
-        others = any(_phase(session.role) != _phase(role) for session in self._sessions.values())
-        if others or (self._vram is not None and self._vram > available):
+    def _remedy(self, available: int) -> str:
+        if self._vram is not None and self._vram > available:
             return f"run with --vram {_size(available, down=True)}, which keeps the networks of one phase alone"
         return f"end what else uses the GPU, or {_SMALLER}"
 
@@ -266,25 +253,15 @@ class TensorRtBackend:
 
     def _free_networks(self) -> None:
         with ExitStack() as stack:
-            for engine in self._engines.values():
-                stack.callback(engine.close)
+            stack.callback(self._loader.close)
             stack.callback(self._block.free)
-            for session in self._sessions.values():
-                stack.callback(session.close)
-            self._sessions, self._engines = {}, {}
-            self._cuda.synchronize(self._stream)
-        self._loader.close()
+            stack.callback(self._residency.close)
 
 
 _SMALLER = (
     "build the engine with --weight-streaming, export with a precision of fewer bytes or at a smaller shape, or for "
     "the VAE run with --vae-tiling"
 )
-
-
-def _phase(role: str) -> str:
-    """Return which part of a run needs a role: text, transformer or vae."""
-    return role.partition("_")[0]
 
 
 def _too_small(role: str, vram: int, room: int, weights: int, activations: int, tensors: int) -> OutOfMemoryError:

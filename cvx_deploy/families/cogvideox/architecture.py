@@ -5,9 +5,9 @@ T5EncoderModel. Tests hold the parameters and caches against real exports, to th
 compiled plans.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cvx_deploy.families.cogvideox.models import Model
 from cvx_deploy.shape import Shape
@@ -242,46 +242,6 @@ class Architecture:
             ofs=traits.ofs,
         )
         return cls(transformer, TextEncoder(), Vae())
-
-    @classmethod
-    def of_configs(
-        cls, transformer: Mapping[str, Any], text_encoder: Mapping[str, Any], vae: Mapping[str, Any]
-    ) -> "Architecture":
-        """Return a checkpoint's, from the config.json of each of its parts."""
-        learned = transformer.get("use_learned_positional_embeddings")
-        frames = 1 + (transformer["sample_frames"] - 1) // 4
-        tokens = frames * (transformer["sample_height"] // 2) * (transformer["sample_width"] // 2)
-        text_length = transformer["max_text_seq_length"]
-        return cls(
-            Transformer(
-                layers=transformer["num_layers"],
-                heads=transformer["num_attention_heads"],
-                head_dim=transformer["attention_head_dim"],
-                in_channels=transformer["in_channels"],
-                out_channels=transformer["out_channels"],
-                patch_frames=transformer.get("patch_size_t"),
-                text_dim=transformer["text_embed_dim"],
-                time_dim=transformer["time_embed_dim"],
-                text_length=text_length,
-                learned_positions=text_length + tokens if learned else 0,
-                ofs=bool(transformer.get("ofs_embed_dim")),
-            ),
-            TextEncoder(
-                layers=text_encoder["num_layers"],
-                width=text_encoder["d_model"],
-                heads=text_encoder["num_heads"],
-                head_dim=text_encoder["d_kv"],
-                hidden=text_encoder["d_ff"],
-                vocabulary=text_encoder["vocab_size"],
-                buckets=text_encoder["relative_attention_num_buckets"],
-            ),
-            Vae(
-                channels=tuple(vae["block_out_channels"]),
-                layers=vae["layers_per_block"],
-                latent_channels=vae["latent_channels"],
-                temporal=vae["temporal_compression_ratio"],
-            ),
-        )
 
     def latents(self, shape: Shape) -> tuple[int, int, int]:
         """Return latent frames, height and width of a video; 8k frames have 2k latent ones, 8k + 1 one more."""

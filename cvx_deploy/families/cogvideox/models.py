@@ -32,17 +32,16 @@ class Traits:
     ofs: bool
 
     @classmethod
-    def from_transformer_config(cls, config: dict[str, Any]) -> "Traits":
-        """Read the traits from a diffusers ``transformer/config.json``."""
-        out_channels = config.get("out_channels") or config["in_channels"]
-        rotary = bool(config.get("use_rotary_positional_embeddings", False))
-        learned = bool(config.get("use_learned_positional_embeddings", False))
-        return cls(
-            task="image-to-video" if config["in_channels"] == 2 * out_channels else "text-to-video",
-            positions=("rope+learned" if learned else "rope") if rotary else "sincos",
-            patch_size_t=config.get("patch_size_t"),
-            ofs=bool(config.get("ofs_embed_dim")),
-        )
+    def from_transformer_config(cls, config: dict[str, Any], task: Task) -> "Traits":
+        """Read the traits from a diffusers ``transformer/config.json``; the task stands in ``model_index.json``."""
+        return cls(task, positions_of(config), config.get("patch_size_t"), bool(config.get("ofs_embed_dim")))
+
+
+def positions_of(config: dict[str, Any]) -> Positions:
+    """Return which positions a transformer of that ``config.json`` has."""
+    rotary = bool(config.get("use_rotary_positional_embeddings", False))
+    learned = bool(config.get("use_learned_positional_embeddings", False))
+    return ("rope+learned" if learned else "rope") if rotary else "sincos"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.doctor import diagnose
 from cvx_deploy.engines.backend import Backend, Session
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
-from cvx_deploy.engines.open import open_backend
 from cvx_deploy.engines.openvino import backend as backend_of
 from cvx_deploy.engines.openvino.backend import OpenVinoBackend, precisions
+from cvx_deploy.engines.registry import open_backend
 from cvx_deploy.errors import EngineError
 from cvx_deploy.install import pip_install
 from cvx_deploy.miniatures import miniature

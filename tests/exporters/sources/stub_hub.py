@@ -39,6 +39,7 @@ class StubHub:
         refuse: The status and error code that every request for a file gets, such as (403, "GatedRepo").
         refuse_list: Likewise of requests for the list of files.
         ranges: Whether it knows of ranges.
+        commit: What the list of files says that its commit is.
         requests: All that was asked.
     """
 
@@ -51,6 +52,7 @@ class StubHub:
     refuse: tuple[int, str] | None = None
     refuse_list: tuple[int, str] | None = None
     ranges: bool = True
+    commit: str = COMMIT
     requests: list[Request] = field(default_factory=list)
     port: int = 0
 
@@ -74,7 +76,7 @@ class StubHub:
     def listed(self) -> dict[str, object]:
         """Return what the model's API says."""
         files = (path.relative_to(self.root).as_posix() for path in sorted(self.root.rglob("*")) if path.is_file())
-        return {"id": self.repository, "sha": COMMIT, "siblings": [self._listed(file) for file in files]}
+        return {"id": self.repository, "sha": self.commit, "siblings": [self._listed(file) for file in files]}
 
     def _listed(self, file: str) -> dict[str, object]:
         size, etag = (self.root / file).stat().st_size, self.etag(file)

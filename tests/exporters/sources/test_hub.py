@@ -4,7 +4,6 @@ The hub is a stub on loopback: see `tests/exporters/sources/stub_hub.py`.
 """
 
 import errno
-import fcntl
 import os
 import shlex
 import shutil
@@ -12,7 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ from huggingface_hub import constants
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CheckpointError, OutputError, WrongModelError
-from cvx_deploy.exporters.sources import huggingface
 from cvx_deploy.exporters.sources.checkpoint import COMPONENTS, Checkpoint
 from cvx_deploy.exporters.sources.hub import Fetched, Source, fetch
 from cvx_deploy.progress import SilentProgress
@@ -73,10 +73,6 @@ def get(where: str = ID, check: str = "5b", **options: Any) -> Fetched:
 
 def cached(hub: StubHub, file: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / "models--zai-org--CogVideoX-5b" / "blobs" / hub.etag(file)
-
-
-def part(hub: StubHub, file: str) -> Path:
-    return cached(hub, file).with_name(f"{hub.etag(file)}.incomplete")
 
 
 def flip_last(path: Path) -> None:
@@ -136,21 +132,20 @@ def test_a_token_goes_to_the_hub_and_not_to_its_storage(hub: StubHub) -> None:
     assert {request.token for request in hub.requests if not request.cdn} == {"Bearer hf_secret"}
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub: StubHub) -> None:
+def test_an_interrupted_download_goes_on_with_the_files_that_are_not_whole(hub: StubHub) -> None:
     hub.cut[SHARD] = [2500, 0]
-    with pytest.raises(CheckpointError, match=r"was interrupted: .*fix: run the command again: it goes on where it st"):
+    with pytest.raises(CheckpointError, match=r"was interrupted: .*fix: run the command again: files that came whole"):
         get()
-    kept = part(hub, SHARD).read_bytes()
-    assert 0 < len(kept) <= 2500
-    assert (hub.root / SHARD).read_bytes().startswith(kept)
+    kept = sorted(file for file in hub.served() if cached(hub, file).is_file())
+    assert kept
+    assert SHARD not in kept
+    assert {path.name for path in cached(hub, SHARD).parent.iterdir()} == {hub.etag(file) for file in kept}
     hub.cut.clear()
     hub.requests.clear()
     folder = get().folder
-    assert {request.range for request in hub.requests if request.file == SHARD and request.cdn} == {
-        f"bytes={len(kept)}-"
-    }
+    assert SHARD in hub.served()
+    assert not set(hub.served()) & set(kept)
     assert (folder / SHARD).read_bytes() == (hub.root / SHARD).read_bytes()
-    assert not part(hub, SHARD).exists()
 
 
 def test_a_dropped_connection_alone_fails_nothing(hub: StubHub) -> None:
@@ -161,9 +156,9 @@ def test_a_dropped_connection_alone_fails_nothing(hub: StubHub) -> None:
 
 def test_a_server_without_ranges_sends_it_all_again(hub: StubHub) -> None:
     hub.ranges = False
-    part(hub, VAE).parent.mkdir(parents=True)
-    part(hub, VAE).write_bytes(b"x" * 1234)
+    hub.cut[VAE] = [1234, 10**9]
     assert (get().folder / VAE).read_bytes() == (hub.root / VAE).read_bytes()
+    assert len([request for request in hub.requests if request.file == VAE and request.cdn]) == 2
 
 
 @pytest.mark.parametrize("file", [VAE, "vae/config.json"])
@@ -175,20 +170,9 @@ def test_another_content_than_its_hash_is_refused_and_not_kept(hub: StubHub, fil
         CheckpointError, match=f"{file} of {ID} came with another content than its hash at {hub.endpoint}"
     ):
         get()
-    assert not part(hub, file).exists()
     assert not cached(hub, file).exists()
     hub.alter.clear()
     assert (get().folder / file).read_bytes() == (hub.root / file).read_bytes()
-
-
-@pytest.mark.parametrize("left", [b"y" * 100, b"z" * 10**7])
-def test_a_part_that_is_not_the_files_is_noticed(hub: StubHub, left: bytes) -> None:
-    part(hub, VAE).parent.mkdir(parents=True)
-    part(hub, VAE).write_bytes(left)
-    if len(left) < (hub.root / VAE).stat().st_size:
-        with pytest.raises(CheckpointError, match="another content than its hash"):
-            get()
-    assert (get().folder / VAE).read_bytes() == (hub.root / VAE).read_bytes()
 
 
 def test_a_cached_file_that_was_cut_is_fetched_again(hub: StubHub) -> None:
@@ -208,10 +192,10 @@ def test_a_disk_without_room_is_known_before_the_weights_come(hub: StubHub, monk
 
 
 def test_a_disk_that_fills_up_is_one_clear_line(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(huggingface._Sink, "write", full)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
     with pytest.raises(OutputError, match=r"cannot write to the cache .*: No space left on device. fix: make room"):
         get()
 
@@ -362,13 +346,49 @@ def test_what_looks_like_a_path_is_a_folder(
     assert hub.requests == []
 
 
-def test_a_file_that_another_process_is_fetching_is_left_to_it(hub: StubHub) -> None:
-    part(hub, VAE).parent.mkdir(parents=True)
-    with part(hub, VAE).open("wb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(CheckpointError, match=f"another process is fetching {VAE}. fix: wait until it ends"):
-            get()
+def test_two_processes_that_fetch_at_once_both_get_it_whole(hub: StubHub) -> None:
+    hub.stalled = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(get), pool.submit(get)]
+        hub.stalled.set()
+        folders = {future.result().folder for future in both}
+    [folder] = folders
+    assert (folder / VAE).read_bytes() == (hub.root / VAE).read_bytes()
+    assert {path.suffix for path in cached(hub, VAE).parent.iterdir()} == {""}
+
+
+@pytest.mark.parametrize("sha", ["../../../../escaped", "main", "", f"{COMMIT}/..", COMMIT.upper()])
+def test_what_is_no_commit_never_becomes_a_path(hub: StubHub, tmp_path: Path, sha: str) -> None:
+    mine = tmp_path / "escaped" / "model_index.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    hub.commit = sha
+    with pytest.raises(CheckpointError, match=r"gives '.*' for a commit. fix: use an endpoint that does"):
+        get()
+    assert mine.read_text() == "mine"
+    assert not Path(constants.HF_HUB_CACHE).exists()
+
+
+def test_a_token_stays_here_when_the_environment_says_so(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True)
+    Path(constants.HF_TOKEN_PATH).write_text("hf_secret")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     get()
+    assert {request.token for request in hub.requests} == {None}
+
+
+def test_progress_is_told_of_every_byte_once(hub: StubHub) -> None:
+    told: list[int] = []
+
+    class Counting(SilentProgress):
+        @contextmanager
+        def task(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            before = sum(told)
+            yield told.append
+            assert sum(told) - before == total
+
+    fetch(Source(ID), lambda _: None, Counting())
+    assert sum(told) == sum((hub.root / file).stat().st_size for file in hub.served())
 
 
 def test_what_was_fetched_is_not_read_again_for_its_hash(hub: StubHub) -> None:
@@ -459,7 +479,7 @@ def test_a_name_of_ones_own_needs_a_checkpoint(hub: StubHub) -> None:
     assert "mine is a name of your own: name its checkpoint with --checkpoint" in outcome.err
 
 
-def test_ctrl_c_stops_a_download_at_once_and_what_came_is_kept(hub: StubHub, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_download_at_once(hub: StubHub, tmp_path: Path) -> None:
     hub.stalled = threading.Event()
     words = ["export", "--model", "5b", "--output", tmp_path / "bundle", "--quiet"]
     process = spawn(f"{TELLING}\nsys.argv[0] = 'cvx-deploy'\nmain()", *words)

@@ -123,7 +123,25 @@ def processor(key: str) -> str:
     return f"transformer.{block}.processor.{to}_lora.{'down' if side == 'A' else 'up'}.weight"
 
 
-@pytest.mark.parametrize("form", [str, peft_default, down_up, processor, lambda key: f"base_model.model.{key}"])
+def comfy(key: str) -> str:
+    return "diffusion_model." + key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+
+
+def flat(prefix: str) -> Callable[[str], str]:
+    def renamed(key: str) -> str:
+        layer, side = key.removesuffix(".weight").rsplit(".lora_", 1)
+        return f"{prefix}_{layer.replace('.', '_')}.lora_{'down' if side == 'A' else 'up'}.weight"
+
+    return renamed
+
+
+FORMS = [
+    *(str, peft_default, down_up, processor, comfy, *map(flat, ("lora_unet", "lora_unet_", "lora_transformer"))),
+    *(lambda key: f"base_model.model.{key}", lambda key: f"diffusion_model.{key}"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_keys_means_the_same(form: Callable[[str], str], tiny: Tiny, tmp_path: Path) -> None:
     state = matrices(tiny("5b"), ATTENTION, 4, 1)
     expected = fused(tiny("5b"), [(written(tmp_path / "plain.safetensors", state), 0.5)])
@@ -181,6 +199,42 @@ def test_an_adapter_that_peft_saved_merges_as_peft_merges_it(name: str, tiny: Ti
     assert same(merged(tiny(name), [(tmp_path, 1.0)], tmp_path / "out"), expected, changed=2 * len(keys))
 
 
+def test_names_without_dots_are_told_apart_in_every_layer(model_name: str, tiny: Tiny) -> None:
+    """What kohya's keys are read by: no two layers of a model have the same name without dots."""
+    tensors = Checkpoint(tiny(model_name)).tensors("transformer")
+    layers = {name.rpartition(".")[0] for name in tensors}
+    assert len({layer.replace(".", "_") for layer in layers}) == len(layers)
+
+
+def test_the_alpha_of_a_name_without_dots_is_obeyed(tiny: Tiny, tmp_path: Path) -> None:
+    state = {flat("lora_unet")(key): value for key, value in matrices(tiny("5b"), ATTENTION[:1], 4, 1).items()}
+    state["lora_unet_transformer_blocks_0_attn1_to_q.alpha"] = torch.tensor(2.0)
+    state["lora_te_layer.alpha"] = torch.tensor(1.0)
+    path = written(tmp_path / "kohya.safetensors", state, "")
+    plain = written(tmp_path / "plain.safetensors", matrices(tiny("5b"), ATTENTION[:1], 4, 1))
+    expected = fused(tiny("5b"), [(plain, 0.5)])
+    assert same(merged(tiny("5b"), [(path, 1.0)], tmp_path / "out"), expected, changed=1)
+    assert not same(merged(tiny("5b"), [(path, 0.9)], tmp_path / "twin"), expected, changed=1)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [
+        (torch.ones(2), r"the alpha of .*to_q is \[2\] and no number"),
+        (torch.ones(0), r"is \[0\] and no number"),
+        (torch.ones((), dtype=torch.complex64), "no number"),
+        (torch.tensor(torch.inf), "the alpha of .* is inf"),
+        (torch.tensor(torch.nan), "the alpha of .* is nan"),
+        (torch.tensor(1e30), r"the alpha of .* is 1\."),
+    ],
+)
+def test_an_alpha_that_is_no_number_is_refused(alpha: torch.Tensor, said: str, tiny: Tiny, tmp_path: Path) -> None:
+    state = {**matrices(tiny("5b"), ATTENTION[:1], 4, 1), f"{ATTENTION[0]}.alpha": alpha}
+    path = written(tmp_path / PLAIN, state)
+    with pytest.raises(CheckpointError, match=said):
+        read_adapters([(path, 1.0)], Checkpoint(tiny("5b")).tensors("transformer"), SilentProgress())
+
+
 def test_an_alpha_key_scales_its_layer(tiny: Tiny, tmp_path: Path) -> None:
     state = matrices(tiny("5b"), ATTENTION[:1], 4, 1)
     plain = written(tmp_path / "plain.safetensors", state)
@@ -220,6 +274,7 @@ Q = f"transformer.{ATTENTION[0]}"
         ({f"{Q}.lora_A.weight": (4, 64)}, "no lora_B beside transformer.transformer_blocks.0.attn1.to_q.lora_A"),
         ({f"{Q}.lora_A.weight": (4, 64), f"{Q}.lora_B.weight": (64, 3)}, "do not go together"),
         ({f"{Q}.lora_A.weight": (4, 8), f"{Q}.lora_B.weight": (8, 4)}, "is for a weight of [8, 8], the checkpoint's"),
+        ({"lora_unet_proj.lora_down.weight": (4, 8), "lora_unet_proj.lora_up.weight": (8, 4)}, "checkpoint has not"),
         ({"proj.lora_A.weight": (4, 8), "proj.lora_B.weight": (8, 4)}, "is for a layer that this checkpoint has not"),
         ({f"{Q}.lora_magnitude_vector": (8,)}, "only LoRA is merged"),
         ({f"{Q}.lora_A.weight": (4, 8), f"{Q}.lora_A.default.weight": (4, 8)}, "are for the same layer"),
@@ -261,6 +316,13 @@ def test_configs_that_make_no_sense_are_refused(tiny: Tiny, tmp_path: Path) -> N
         (json.dumps({"transformer.r": 5, "transformer.lora_alpha": 4}), "is 4, and 5 in its LoRA config"),
         (json.dumps({"transformer.r": 4, "transformer.lora_alpha": "much"}), "alpha of .* is much"),
         (json.dumps({"transformer.r": 4, "transformer.use_dora": True}), "is a DoRA"),
+        (json.dumps({"transformer.alpha_pattern": ["to_q"]}), "alpha_pattern in its LoRA config is no table of patt"),
+        (json.dumps({"transformer.rank_pattern": ["to_q"]}), "rank_pattern in its LoRA config is no table of patt"),
+        (json.dumps({"transformer.alpha_pattern": {"(": 1}}), r"has '\(', which is no pattern: "),
+        (json.dumps({"transformer.alpha_pattern": {"to_q": [1]}}), r"alpha of .* is \[1\]"),
+        (json.dumps({"transformer.lora_alpha": 10**400}), r"alpha of .* is 1000"),
+        ("[" * 100_000, "is damaged"),
+        ("3", "is damaged"),
     ):
         state = matrices(tiny("5b"), ATTENTION, 4, 1)
         path = written(tmp_path / PLAIN, state, metadata={"lora_adapter_metadata": metadata})

@@ -126,10 +126,13 @@ def same(first: State, second: State) -> bool:
     )
 
 
-def test_sat_files_become_the_checkpoint_they_were_to_the_bit(model_name: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_sat_files_become_the_checkpoint_they_were_to_the_bit(
+    model_name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvx_deploy.exporters.sources.sat.FULL_SHARD_BYTES", 200_000)
     transformer, vae = sat_files(tiny(model_name), tmp_path / "sat")
     base = altered(tiny(model_name), tmp_path)
-    made = checkpoint_from_sat(transformer, vae, base, tmp_path / "made", shard_bytes=200_000)
+    made = checkpoint_from_sat(transformer, vae, base, tmp_path / "made")
     for component in ("text_encoder", "transformer", "vae"):
         assert same(state_of(made, component), state_of(tiny(model_name), component))
     assert len(list((made / "transformer").glob("*.safetensors"))) > 1
@@ -199,11 +202,14 @@ def test_what_does_not_fit_names_its_first_offending_key(tiny: Tiny, tmp_path: P
     without = {key: value for key, value in whole.items() if "layers.0.attention.dense.bias" not in key}
     qkv = f"{prefix}transformer.layers.0.attention.query_key_value.weight"
     adapter = f"{prefix}transformer.layers.0.attention.dense.matrix_A.0"
+    trained = {key.replace("attention.dense.", "attention.dense.original."): value for key, value in whole.items()}
     for state, said in (
         (without, "has no transformer.layers.0.attention.dense.bias, which is to become"),
         ({**whole, qkv: whole[qkv][:-1]}, "attention.query_key_value.weight is"),
         ({**whole, qkv: whole[qkv].int()}, "is torch.int32"),
         ({**whole, adapter: torch.zeros(2, 2)}, "tools/export_sat_lora_weight.py"),
+        ({**trained, adapter: torch.zeros(2, 2)}, "tools/export_sat_lora_weight.py"),
+        (trained, "has no transformer.layers.0.attention.dense.weight"),
         ({**whole, "extra": torch.zeros(1)}, "extra has no place in the transformer"),
         ({"module": 3}, "module is no tensor"),
         ([torch.zeros(1)], "holds no state dict"),

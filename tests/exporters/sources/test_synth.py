@@ -201,7 +201,7 @@ def test_token_grids_are_odd_and_not_square(checkpoints: dict[str, Path], name: 
 @pytest.mark.parametrize("name", NAMES)
 def test_traits_and_constants_are_the_models_own(name: str, scale: Scale) -> None:
     model = MODELS[name]
-    assert Traits.from_transformer_config(transformer_config(model, scale)) == model.traits
+    assert Traits.from_transformer_config(transformer_config(model, scale), model.traits.task) == model.traits
     vae = vae_config(model, scale)
     assert vae["scaling_factor"] == model.scaling_factor
     assert vae.get("invert_scale_latents", False) == model.invert_scale_latents

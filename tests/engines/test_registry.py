@@ -12,20 +12,22 @@ import pytest
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines import cuda
-from cvx_deploy.engines.finite import FiniteBackend
+from cvx_deploy.engines.observe import ObservedBackend
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend, OrtSession
-from cvx_deploy.engines.open import ENGINES, EngineName, engine_version, on_gpu, open_backend
+from cvx_deploy.engines.registry import ENGINES, engine_spec, open_backend
+from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.engines.tensorrt import backend as trt
 from cvx_deploy.engines.tensorrt import libraries
 from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.run import run
+from cvx_deploy.progress import SilentProgress
 from tests.command import cvx
 from tests.engines.fake_cuda import FakeCuda
 from tests.engines.onnxruntime.fake_onnxruntime import FakeOnnxRuntime
 
-GPU_ENGINES = [engine for engine in ENGINES if on_gpu(engine)]
+GPU_ENGINES = [engine for engine in ENGINES if engine_spec(engine).on_gpu]
 PROMPT = ("--prompt", "a red circle moves to the right", "--steps", "2")
 
 
@@ -42,13 +44,13 @@ def test_onnxruntime_is_opened_on_the_cpu(mini: Bundle) -> None:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_version_of_an_engine_is_its_own(engine: EngineName) -> None:
-    assert engine_version(engine) == version(engine)
+    assert engine_spec(engine).version() == version(engine)
 
 
 def test_onnxruntime_cuda_is_opened_on_the_device_that_is_named(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeOnnxRuntime(monkeypatch, device=1)
     monkeypatch.setattr(cuda, "CudaPython", lambda: FakeCuda(count=2))
-    with open_backend("onnxruntime-cuda", mini, device=1):
+    with open_backend("onnxruntime-cuda", mini, EngineOptions(device=1)):
         assert fake.words() == ["upload"]
 
 
@@ -70,13 +72,14 @@ def test_options_reach_the_tensorrt_backend(engine: EngineName, mini: Bundle, mo
         def require(self, needed: Any) -> None:
             made.append(needed)
 
-    needed = [("text_encoder", {"batch": 1})]
+    needed, progress = [("text_encoder", {"batch": 1})], SilentProgress()
     monkeypatch.setattr(libraries, "load_library", lambda kind: kind)
     monkeypatch.setattr(cuda, "CudaPython", FakeCuda)
     monkeypatch.setattr(trt, "TensorRtBackend", Opened)
-    with open_backend(engine, mini, needed=needed, device=2, vram=10**9, cuda_graphs=False) as backend:
+    how = EngineOptions(device=2, vram=10**9, cuda_graphs=False)
+    with open_backend(engine, mini, how, needed=needed, progress=progress) as backend:
         assert isinstance(backend, Opened)
-    options = {"device": 2, "vram": 10**9, "cuda_graphs": False, "progress": None}
+    options = {"device": 2, "vram": 10**9, "cuda_graphs": False, "residency": "resident", "progress": progress}
     assert made == [(engine, options), needed, "closed"]
 
 
@@ -103,7 +106,7 @@ def test_a_run_loads_exactly_the_networks_it_says_it_needs(mini: Bundle, tmp_pat
 
 def test_the_check_for_finite_numbers_is_put_around_any_engine(mini: Bundle) -> None:
     with open_backend("onnxruntime", mini, check_finite=True) as backend:
-        assert isinstance(backend, FiniteBackend)
+        assert isinstance(backend, ObservedBackend)
 
 
 @pytest.fixture
@@ -135,15 +138,15 @@ def test_without_a_driver_onnxruntime_cuda_says_so(monkeypatch: pytest.MonkeyPat
 
 
 def test_run_shares_its_videos_out_among_the_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    opened: list[tuple[Any, Any]] = []
+    opened: list[tuple[Any, EngineOptions, Any]] = []
 
-    def on_the_cpu(engine: EngineName, bundle: Bundle, **options: Any) -> Any:
-        opened.append((engine, options))
-        return open_backend("onnxruntime", bundle, threads=1)
+    def on_the_cpu(engine: EngineName, bundle: Bundle, how: EngineOptions, **options: Any) -> Any:
+        opened.append((engine, how, options))
+        return open_backend("onnxruntime", bundle, EngineOptions(threads=1))
 
     common = ("run", *PROMPT, "--num-videos", "3")
     assert cvx(*common, "--threads", 1, "--output", tmp_path / "one.npy").code == 0
-    monkeypatch.setattr("cvx_deploy.cli.videos.open_backend", on_the_cpu)
+    monkeypatch.setattr("cvx_deploy.pipeline.pipeline.open_backend", on_the_cpu)
     several = ("--engine", "tensorrt", "--devices", "1,3", "--vram", "1.5GB", "--no-cuda-graphs", "--check-finite")
     assert cvx(*common, *several, "--output", tmp_path / "two.npy").code == 0
     needed = [
@@ -152,10 +155,11 @@ def test_run_shares_its_videos_out_among_the_devices(monkeypatch: pytest.MonkeyP
         ("transformer", {"batch": 2}),
         ("vae_decoder_first", {"latent_height": 6, "latent_width": 6}),
     ]
-    options = {"needed": needed, "threads": None, "vram": 1_500_000_000, "cuda_graphs": False, "check_finite": True}
-    for (engine, given), device in zip(opened, (1, 3), strict=True):
+    options = {"needed": needed, "check_finite": True}
+    for (engine, how, given), device in zip(opened, (1, 3), strict=True):
         assert engine == "tensorrt"
-        assert {key: value for key, value in given.items() if key != "progress"} == {"device": device, **options}
+        assert how == EngineOptions(device=device, vram=1_500_000_000, cuda_graphs=False, residency="phase")
+        assert {key: value for key, value in given.items() if key != "progress"} == options
     assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
 
 

@@ -1,0 +1,87 @@
+"""What ONNX Runtime says of itself: on a CPU, and on a GPU with its CUDA provider."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cvx_deploy.engines.spec import EngineOptions, EngineSpec, Needed, Probe
+from cvx_deploy.errors import EngineError
+from cvx_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.bundle.schema import Manifest
+    from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+
+
+@contextmanager
+def _open_on_cpu(
+    bundle: "Bundle", options: EngineOptions, needed: Needed, progress: Progress
+) -> "Iterator[OrtBackend]":
+    from cvx_deploy.engines.onnxruntime.backend import OrtBackend
+
+    backend = OrtBackend(bundle, options.threads, progress, residency=options.residency)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextmanager
+def _open_on_gpu(
+    bundle: "Bundle", options: EngineOptions, needed: Needed, progress: Progress
+) -> "Iterator[OrtBackend]":
+    from cvx_deploy.engines.cuda import CudaPython
+    from cvx_deploy.engines.onnxruntime.backend import OrtBackend, check_cuda_package
+
+    check_cuda_package()
+    CudaPython().gpu(options.device)  # says of a driver or a device that is missing what ONNX Runtime does not
+    backend = OrtBackend(bundle, None, progress, options.device, residency=options.residency)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def _probe_gpu() -> Probe:
+    from cvx_deploy.engines.onnxruntime.backend import check_cuda_package
+
+    try:
+        check_cuda_package()
+    except EngineError as error:
+        return Probe(False, error.what, error.fix)
+    return Probe(True, "runs bundles on an NVIDIA GPU")
+
+
+def _obstacle_on_cpu(manifest: "Manifest") -> str:
+    if "bf16" in manifest.computes_in:
+        return "ONNX Runtime has no bf16 on the CPU"
+    return "no CPU multiplies in fp8" if "fp8" in manifest.multiplies_in else ""
+
+
+CPU = EngineSpec(
+    name="onnxruntime",
+    where="cpu",
+    compiled=False,
+    takes=frozenset({"threads"}),
+    version=_version,
+    probe=lambda: Probe(True, "runs fp32 and fp16 bundles on the CPU"),
+    obstacle=_obstacle_on_cpu,
+    open=_open_on_cpu,
+)
+CUDA = EngineSpec(
+    name="onnxruntime-cuda",
+    where="gpu",
+    compiled=False,
+    takes=frozenset({"device"}),
+    version=_version,
+    probe=_probe_gpu,
+    obstacle=lambda _: "",
+    open=_open_on_gpu,
+)
