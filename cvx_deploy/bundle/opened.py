@@ -14,6 +14,7 @@ from pathlib import Path
 from cvx_deploy.bundle.schema import AGAIN, Manifest, Network, StoredFile, WeightFile, leads_outside, manifest_from_json
 from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.files import sha256_of
+from cvx_deploy.miniatures import is_packaged
 from cvx_deploy.progress import Progress
 from cvx_deploy.reading import read_whole
 from cvx_deploy.shape import Shape
@@ -112,12 +113,13 @@ class Bundle:
         manifest = self.manifest
         options = [
             ("model", manifest.model),
-            ("checkpoint", manifest.provenance.get("source", manifest.checkpoint)),
             *((name, manifest.provenance[name]) for name in ("revision", "variant") if name in manifest.provenance),
             *(("shape", shape) for shape in shapes),
             ("precision", manifest.precision),
-            ("output", self.path),
         ]
+        if not is_packaged(self.path):  # whose checkpoint is known by its name, and which nothing may write to
+            options.append(("checkpoint", manifest.provenance.get("source", manifest.checkpoint)))
+            options.append(("output", self.path))
         if manifest.transformer is not None:
             options.append(("transformer", manifest.transformer))
         options += _quantizing(manifest.networks.values())
