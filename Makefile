@@ -5,7 +5,7 @@
 #
 # and make report, which measures the miniature here and writes the README's table anew.
 #
-# PYTHON says which Python to use. TORCH says which PyTorch, installed first and by itself, so that a CPU build that pip
+# PYTHON says which Python to use, PYTEST what pytest is told. TORCH says which PyTorch, installed first and by itself, so that a CPU build that pip
 # can find is taken before anything else asks for torch.
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ demo: engines/mini/bundle.json
 	$(BIN)/cvx-deploy run --model mini --prompt "a red circle moves to the right" --output outputs/demo.mp4 --contact-sheet outputs/demo.png
 
 test check: $(INSTALLED)
-	@scripts/check
+	@scripts/check $(PYTEST)
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/readme.py

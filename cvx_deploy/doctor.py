@@ -15,6 +15,7 @@ from cvx_deploy.engines.tensorrt.libraries import ENGINE_KINDS, Library, load_li
 from cvx_deploy.engines.tensorrt.store import EngineStore, Platform
 from cvx_deploy.errors import BundleError, CvxError, EngineError
 from cvx_deploy.files import free_space, nearest_folder
+from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.terminal import LONGEST_PATH, safe
@@ -112,7 +113,7 @@ def _machine(engines_dir: Path) -> Iterator[Finding]:
         memory = psutil.virtual_memory()
         yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
     except ImportError:
-        yield Finding("note", "memory", "unknown without psutil", 'pip install "cvx-deploy[tensorrt-rtx]"')
+        yield Finding("note", "memory", "unknown without psutil", pip_install("tensorrt-rtx"))
     free = free_space(engines_dir)
     enough = free >= _LEAST_DISK
     yield Finding(

@@ -37,6 +37,17 @@ def sums_of(hashes: dict[str, str]) -> bytes:
     return "".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode()
 
 
+def cache_folder(name: str) -> Path:
+    """Return the user's folder for what may be thrown away at any time; it need not be there yet.
+
+    It is ``CVX_CACHE_DIR`` where that is set, else ``cvx-deploy`` in ``XDG_CACHE_HOME``, else in ``~/.cache``.
+    """
+    own = os.environ.get("CVX_CACHE_DIR")
+    if own:
+        return Path(own) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvx-deploy" / name
+
+
 def free_space(folder: Path) -> int:
     """Return the bytes that are free where a folder lies, or will lie: it need not be there yet."""
     return shutil.disk_usage(nearest_folder(folder)).free

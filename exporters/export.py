@@ -16,7 +16,7 @@ from cvx_deploy.bundle.schema import SCHEMA_VERSION, Defaults, Manifest, Network
 from cvx_deploy.errors import CheckpointError, ShapeError
 from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
 from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
-from cvx_deploy.exporters.cogvideox.tokenizer import write_tokenizer_json
+from cvx_deploy.exporters.cogvideox.tokenizer import disagreement, write_tokenizer_json
 from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
 from cvx_deploy.exporters.cogvideox.vae import VaeContract
 from cvx_deploy.exporters.quantization.quantized import QuantizedComponent, Quantizing, quantize_components
@@ -101,7 +101,7 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
         progress.note(note)
     adapters = read_adapters(request.loras, checkpoint.tensors("transformer"), progress)
     with staged_directory(output, replace=may_replace(output)) as staging:
-        write_tokenizer_json(checkpoint.root / "tokenizer", staging / _TOKENIZER)
+        _write_tokenizer(checkpoint, staging / _TOKENIZER, progress)
         if adapters:
             checkpoint = merge_adapters(adapters, checkpoint, recipe.transformer.compute, staging, progress)
         quantized = quantize_components(request.quantizing, recipe, checkpoint, shapes, staging, progress)
@@ -119,6 +119,19 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
         manifest = replace(_manifest(request, recipe, checkpoint, entries, networks, weights, staging), loras=loras)
         (staging / MANIFEST).write_bytes(manifest.to_json())
     return Bundle.open(output)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, path: Path, progress: Progress) -> None:
+    """Write the tokenizer, and refuse one with tokens that the text encoder has no row for."""
+    folder, rows = checkpoint.root / "tokenizer", checkpoint.configs["text_encoder"]["vocab_size"]
+    tokens = write_tokenizer_json(folder, path)
+    if tokens > rows:
+        raise CheckpointError(
+            f"{folder} has {tokens} tokens, and vocab_size of the text encoder is {rows}, which must be no less",
+            fix="take all components from one CogVideoX checkpoint",
+        )
+    if note := disagreement(folder):
+        progress.note(note)
 
 
 def recipe_of(request: ExportRequest, checkpoint: Checkpoint) -> Recipe:

@@ -4,6 +4,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +14,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.exporters.tracing.sources import sources_of
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
-_SOURCES = (
-    "exporters",
-    "cvx_deploy/graph",
-    "cvx_deploy/quantize",
-    "cvx_deploy/bundle",
-    "cvx_deploy/families",
-    "cvx_deploy/files.py",
-    "cvx_deploy/precision.py",
-)
+CACHE = ROOT / ".cache" / "tests"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum", "torchao")
+_SYNTH = "cvx_deploy.exporters.sources.synth"
+_EXPORT = "cvx_deploy.exporters.export"
+_CALIBRATE = "cvx_deploy.exporters.quantization.calibrate"
+
+# What exports trace here is kept here, and found by every test that traces the same, in other processes too.
+os.environ["CVX_CACHE_DIR"] = str(CACHE)
 
 Tiny = Callable[[str], Path]
 Exported = Callable[..., Bundle]
@@ -37,15 +38,13 @@ Quantized = Callable[..., Bundle]
 
 
 @functools.cache
-def _cache() -> Path:
-    """Return the folder that belongs to this state of the exporters."""
+def _cache(kind: str, *makers: str) -> Path:
+    """Return the folder for one kind of thing that belongs to this state of the modules that make it."""
     digest = hashlib.sha256()
-    for source in _SOURCES:
-        path = ROOT / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    digest.update(repr([importlib.metadata.version(tool) for tool in _TOOLS]).encode())
-    return ROOT / ".cache" / "tests" / digest.hexdigest()[:16]
+    for file in sources_of(*makers):
+        digest.update(file.read_bytes())
+    digest.update(repr([__version__, *map(importlib.metadata.version, _TOOLS)]).encode())
+    return CACHE / kind / digest.hexdigest()[:16]
 
 
 def _made(path: Path, make: Callable[[], object]) -> Path:
@@ -81,7 +80,7 @@ def tiny() -> Tiny:
     from cvx_deploy.exporters.sources.synth import synthesize
 
     def checkpoint(name: str) -> Path:
-        path = _cache() / "checkpoints" / name
+        path = _cache("checkpoints", _SYNTH) / name
         return _made(path, lambda: synthesize(name, "tiny", path))
 
     return checkpoint
@@ -95,7 +94,7 @@ def exported(tiny: Tiny) -> Exported:
     def bundle(name: str, **request: Any) -> Bundle:
         words = {key: "+".join(map(str, value)) if key == "shapes" else value for key, value in request.items()}
         suffix = "".join(f"-{key}{value}" for key, value in words.items())
-        path = _cache() / "bundles" / f"{name}{suffix}"
+        path = _cache("bundles", _SYNTH, _EXPORT) / f"{name}{suffix}"
         asked = ExportRequest(name, tiny(name), **request)
         _made(path, lambda: bundle_from_checkpoint(asked, path))
         return Bundle.open(path)
@@ -112,7 +111,7 @@ def table(tiny: Tiny) -> Path:
     checkpoint = Checkpoint(tiny("5b"))
     shape = Shape(9, checkpoint.limits.sample_height, checkpoint.limits.sample_width)
     request = CalibrationRequest(checkpoint, shape, ("a red ball",), steps=2)
-    path = _cache() / "calibration.safetensors"
+    path = _cache("tables", _SYNTH, _CALIBRATE) / "calibration.safetensors"
     return _made(path, lambda: calibrate(request, path, SilentProgress()))
 
 
@@ -124,7 +123,7 @@ def quantized(tiny: Tiny, table: Path) -> Quantized:
 
     def bundle(precision: str, **quantizing: Any) -> Bundle:
         how = "".join(f"-{key}{value}" for key, value in quantizing.items())
-        path = _cache() / "bundles" / f"5b-{precision.replace('/', '-')}{how}"
+        path = _cache("bundles", _SYNTH, _EXPORT, _CALIBRATE) / f"5b-{precision.replace('/', '-')}{how}"
         static = precision.startswith(("int8/", "fp8/")) or "=fp8" in precision
         asked = Quantizing(table if static else None, **quantizing)
         request = ExportRequest("5b", tiny("5b"), frames=9, precision=precision, quantizing=asked)
@@ -138,3 +137,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes ``model_name`` for all five models."""
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", list(MODELS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need an export, so that the others can be run in a minute: ``-m "not export"``."""
+    for item in items:
+        made = {"exported", "quantized", "table"} & set(getattr(item, "fixturenames", ()))
+        if made or item.get_closest_marker("nightly") is not None:
+            item.add_marker(pytest.mark.export)

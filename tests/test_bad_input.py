@@ -129,6 +129,14 @@ DAMAGED_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
         "{root}/tokenizer/tokenizer_config.json is missing",
     ),
     "a cut tokenizer": (lambda root: cut(root / "tokenizer/spiece.model"), "{root}/tokenizer is damaged"),
+    "a text encoder with too few rows": (
+        lambda root: edit(root / "text_encoder/config.json", lambda config: config.update(vocab_size=549)),
+        "{root}/tokenizer has 550 tokens, and vocab_size of the text encoder is 549, which must be no less",
+    ),
+    "components that do not fit": (
+        lambda root: edit(root / "text_encoder/config.json", lambda config: config.update(d_model=7)),
+        "{root}: text_embed_dim of the transformer is ",
+    ),
     "another pipeline": (
         lambda root: edit(root / "model_index.json", lambda index: index.update(_class_name="FluxPipeline")),
         "{root} holds FluxPipeline, not a CogVideoX pipeline. fix: use a checkpoint of one of 2b, 5b, ",
@@ -153,6 +161,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(checkpoint: Path, dam
     assert line.startswith("error: " + what.format(root=checkpoint))
 
 
+@pytest.mark.export
 def test_a_missing_tensor_is_one_clear_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contracts_for = export.contracts_for
     monkeypatch.setattr(export, "contracts_for", lambda *words: contracts_for(*words)[:1])
@@ -673,7 +682,9 @@ def interrupted(announcement: str, number: signal.Signals, *words: object, after
         return signalled(process, number)
 
 
-def test_ctrl_c_during_tracing_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.export
+def test_ctrl_c_during_tracing_leaves_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CVX_CACHE_DIR", str(tmp_path / "cache"))  # nothing is kept there that it could read instead
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / MANIFEST).write_text("an earlier bundle")
     before = content(tmp_path)

@@ -20,6 +20,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.cli import cli
 from cvx_deploy.errors import CvxError
 from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.install import pip_install
 from tests.bundle.test_bundle import make_bundle
 from tests.command import Outcome, cvx
 from tests.conftest import Exported, Tiny
@@ -208,8 +209,8 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(
 
 
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored(bundle: Bundle) -> None:
-    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from cvx_deploy import cli"
-    program += "; from cvx_deploy.bundle import inspect"
+    program = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    program += "; from cvx_deploy import cli; from cvx_deploy.bundle import inspect"
     program += "; inspect.describe = lambda _: os.kill(os.getpid(), signal.SIGINT) or 'done'; cli.main()"
     done = python(program, "inspect", "--bundle", bundle.path)
     assert (done.returncode, done.stdout) == (0, "done\n")
@@ -367,10 +368,7 @@ def test_without_the_export_packages_the_command_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     line = cvx(*words, "--output", tmp_path / "out").failure()
-    assert (
-        line
-        == 'error: this command needs torch, which the runtime does without. fix: pip install "cvx-deploy[export]".'
-    )
+    assert line == f"error: this command needs torch, which the runtime does without. fix: {pip_install('export')}."
 
 
 def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> None:

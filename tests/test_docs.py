@@ -116,6 +116,7 @@ RUN = re.compile(r"^<!-- run -->\n```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "<!-- run -->" in page.read_text(encoding="utf-8")], ids=str
 )

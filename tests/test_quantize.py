@@ -22,7 +22,7 @@ PLACE = "transformer_blocks.1.ff.net.2"
 CALIBRATION = (
     TELLING
     + """
-import cvx_deploy.exporters.calibrate as calibration
+import cvx_deploy.exporters.quantization.calibrate as calibration
 
 sample = calibration.Sampler.sample
 

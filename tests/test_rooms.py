@@ -9,9 +9,9 @@ import pytest
 from tests.conftest import ROOT
 
 ROOMS = (
-    *("errors", "terminal", "progress", "reading", "precision", "bounds", "shape", "files", "miniatures", "families"),
-    *("bundle", "measure", "graph", "quantize", "engines", "media", "pipeline", "exporters", "parity", "bench"),
-    *("estimate", "doctor", "testing", "pytest_plugin", "cli", "__main__"),
+    *("errors", "install", "terminal", "progress", "reading", "precision", "bounds", "shape", "files", "miniatures"),
+    *("families", "bundle", "measure", "graph", "quantize", "engines", "media", "pipeline", "exporters", "parity"),
+    *("bench", "estimate", "doctor", "testing", "pytest_plugin", "cli", "__main__"),
 )
 """From the ground up: a room imports from those before it only. Folders of the package, and its single files."""
 

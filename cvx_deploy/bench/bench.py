@@ -18,6 +18,7 @@ from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.engines.tensorrt.store import EngineStore
 from cvx_deploy.exporters.reference.checkpoint import Reference, recorded_checkpoint, reference_checkpoint
+from cvx_deploy.install import pip_install
 from cvx_deploy.measure.baselines import BASELINES, IN_WORDS, Baseline
 from cvx_deploy.measure.conditions import conditions
 from cvx_deploy.measure.memory import GpuMeter, MemoryWatch, Sample, during
@@ -225,7 +226,7 @@ def _baselines(request: BenchRequest, checkpoint: Path | None) -> tuple[list[Eag
 def _obstacle(request: BenchRequest, way: Baseline, checkpoint: Path | None) -> str | None:
     manifest = request.bundle.manifest
     if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")):
-        return 'PyTorch and diffusers are not installed: pip install "cvx-deploy[export]"'
+        return f"PyTorch and diffusers are not installed: {pip_install('export')}"
     if checkpoint is None:
         return f"there is no checkpoint at {manifest.checkpoint}: name it with --checkpoint"
     if manifest.loras or manifest.transformer is not None:

@@ -30,7 +30,8 @@ def numpy_dtype(name: DType) -> "np.dtype[Any]":
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        lent: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return lent
     return np.dtype(name)
 
 

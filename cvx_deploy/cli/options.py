@@ -12,6 +12,7 @@ import click
 from cvx_deploy.bounds import HIGHEST_SEED, LARGEST_FACTOR, LONGEST_SIDE, LOWEST_SEED, MOST_FRAMES, MOST_STEPS
 from cvx_deploy.cli.entry import drop_stdout, error_line
 from cvx_deploy.errors import CvxError
+from cvx_deploy.install import pip_install
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.progress import Progress, RichProgress, SilentProgress
 from cvx_deploy.shape import Shape
@@ -229,7 +230,7 @@ def need_extra(extra: str, *packages: str) -> None:
     if missing:
         raise CvxError(
             f"this command needs {', '.join(missing)}, which the runtime does without",
-            fix=f'pip install "cvx-deploy[{extra}]"',
+            fix=pip_install(extra),
         )
 
 

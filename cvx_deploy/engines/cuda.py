@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cvx_deploy.errors import EngineError, OutOfMemoryError
+from cvx_deploy.install import pip_install
 
-_INSTALL = 'pip install "cvx-deploy[tensorrt]"'
+_INSTALL = pip_install("tensorrt")
 
 
 class NoGpuError(EngineError):

@@ -21,28 +21,25 @@ def endable(call: Callable[[], _Result], end: Callable[[], object]) -> _Result:
     """
     outcome: list[_Result] = []
     failure: list[BaseException] = []
+    # Not `Thread.join`: in Python 3.11 one that a signal's handler leaves takes the thread for ended.
+    done = threading.Event()
 
     def work() -> None:
         try:
             outcome.append(call())
         except BaseException as error:
             failure.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=work, name="engine", daemon=True)
-    thread.start()
+    threading.Thread(target=work, name="engine", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(_LISTENING)
+        while not done.wait(_LISTENING):
+            pass
     except BaseException:
         end()
-        _wait(thread)
+        done.wait()  # what it works on must not go before
         raise
     if failure:
         raise failure[0]
     return outcome[0]
-
-
-def _wait(thread: threading.Thread) -> None:
-    """Wait until a call that was told to end has ended: what it works on must not go before."""
-    while thread.is_alive():
-        thread.join(_LISTENING)

@@ -139,8 +139,13 @@ class RunRequest:
     @property
     def given(self) -> set[str]:
         """The names of the fields that are not as they are by default."""
-        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        changed = {field.name for field in fields(self) if _differs(getattr(self, field.name), field.default)}
         return changed - (set() if self.prompts else {"prompts"})
+
+
+def _differs(value: object, default: object) -> bool:
+    """Whether a field is not as it is by default; no default is an array, and arrays do not compare as one value."""
+    return isinstance(value, np.ndarray) or value != default
 
 
 def networks_needed(

@@ -5,6 +5,7 @@ backend, so it yields the same ids for every text.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders
@@ -25,13 +26,16 @@ _T5_SETTINGS = {"pad_token_id": 0, "padding_side": "right", "truncation_side": "
 _CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
-def write_tokenizer_json(tokenizer_dir: Path, destination: Path) -> None:
+def write_tokenizer_json(tokenizer_dir: Path, destination: Path) -> int:
     """Write the tokenizer of a diffusers checkpoint as one ``tokenizer.json``.
 
     Args:
         tokenizer_dir: The checkpoint's ``tokenizer`` folder: ``tokenizer_config.json`` and ``spiece.model`` or
             ``tokenizer.json``. It is read locally; nothing is downloaded and no code in it is run.
         destination: The file to write.
+
+    Returns:
+        How many tokens it knows.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the tokenizer is not T5's.
@@ -44,6 +48,7 @@ def write_tokenizer_json(tokenizer_dir: Path, destination: Path) -> None:
         destination.write_text(backend.to_str(), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {destination}: {error.strerror}", fix="choose another --output") from error
+    return len(tokenizer)
 
 
 def _plain(tokenizer: T5Tokenizer) -> Tokenizer:
@@ -55,6 +60,22 @@ def _plain(tokenizer: T5Tokenizer) -> Tokenizer:
         clean_up = [decoders.Replace(text, text.strip()) for text in _CLEAN_UP]
         backend.decoder = decoders.Sequence([backend.decoder, decoders.Fuse(), *clean_up])
     return backend
+
+
+def disagreement(folder: Path) -> str | None:
+    """Return a note where ``spiece.model`` and ``tokenizer.json`` have other tokens; transformers reads the latter."""
+    if not all((folder / name).is_file() for name in _VOCABULARIES):
+        return None
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            if file.name != "tokenizer.json":
+                (Path(place) / file.name).symlink_to(file.resolve())
+        same = _load(Path(place)).get_vocab() == _load(folder).get_vocab()
+    return (
+        None
+        if same
+        else f"note: {folder}: tokenizer.json and spiece.model differ; the first is read, as in transformers"
+    )
 
 
 def _load(folder: Path) -> T5Tokenizer:

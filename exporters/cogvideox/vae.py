@@ -9,6 +9,7 @@ convolutions with a temporal kernel are ever read; the rest is left out.
 Height and width are symbols (in latents), so that one graph serves the whole frame and every tile size.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXDecoder3D,
     CogVideoXEncoder3D,
+    CogVideoXResnetBlock3D,
     CogVideoXSafeConv3d,
 )
 
 from cvx_deploy.bundle.schema import DType, TensorSpec
 from cvx_deploy.exporters.tracing.contract import NetworkContract
+from cvx_deploy.exporters.tracing.copies import Kinds
 from cvx_deploy.precision import Precision
 
 Cache = dict[str, Any]
@@ -159,6 +162,15 @@ class VaeContract(NetworkContract):
         )
         return VaeChunk(coder, before, after, self._read, not self.last)
 
+    def traceable(self) -> torch.nn.Module:
+        """Return the chunk, which runs one residual block of each kind only and marks the others as its copies."""
+        module, kinds = self.module(), Kinds()
+        module.register_forward_pre_hook(lambda *_: kinds.clear())
+        for path, block in module.named_modules():
+            if isinstance(block, CogVideoXResnetBlock3D):
+                block.forward = _marked(block, path, kinds)
+        return module
+
     def weight_names(self, parameter: str) -> tuple[str, ...]:
         """Return the diffusers name of a parameter."""
         part, _, rest = parameter.partition(".")
@@ -196,3 +208,24 @@ class VaeContract(NetworkContract):
             path: (tensor.shape[1], tensor.shape[2], tensor.shape[3] // 2)
             for path, tensor in flatten_cache(cache).items()
         }
+
+
+def _marked(block: CogVideoXResnetBlock3D, path: str, kinds: Kinds) -> Callable[..., tuple[torch.Tensor, Cache]]:
+    """Return a residual block's ``forward`` for a trace; of what it keeps, only what is read."""
+    forward: Callable[..., tuple[torch.Tensor, Cache]] = block.forward
+
+    def marked(
+        inputs: torch.Tensor, temb: None = None, zq: torch.Tensor | None = None, conv_cache: Cache | None = None
+    ) -> tuple[torch.Tensor, Cache]:
+        state = flatten_cache(conv_cache or {})
+        tensors: Sequence[torch.Tensor] = (inputs, *(() if zq is None else (zq,)), *state.values())
+        first, tensors = kinds.enter(block, path, tensors)
+        if first:
+            inputs, *others = tensors
+            zq = others.pop(0) if zq is not None else None
+            output, cache = forward(inputs, temb, zq, nest_cache(dict(zip(state, others, strict=True))))
+            tensors = kinds.leave(path, (output, *flatten_cache(cache).values()))
+        output, *kept = tensors
+        return output, dict(zip(("conv1", "conv2"), kept, strict=True))
+
+    return marked

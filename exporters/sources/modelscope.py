@@ -7,6 +7,7 @@ from typing import Any
 
 from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters.sources.checkpoint import PICKLES, only_pickles
+from cvx_deploy.install import pip_install
 from cvx_deploy.progress import Advance, Progress
 
 _BRANCH = "master"
@@ -33,7 +34,7 @@ class ModelScopeRepository:
         except ImportError as error:
             raise CheckpointError(
                 "modelscope:// needs the package modelscope, which is not installed",
-                fix='pip install "cvx-deploy[modelscope]"',
+                fix=pip_install("modelscope"),
             ) from error
         logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # what fails is raised as well
         if offline:

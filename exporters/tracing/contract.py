@@ -113,6 +113,10 @@ class NetworkContract(ExporterConfig):  # type: ignore[misc]
         finally:
             torch.set_default_dtype(default)
 
+    def traceable(self) -> torch.nn.Module:
+        """Return the module as a trace takes it: equal parts may be told to `tracing.copies` rather than be run."""
+        return self.module()
+
     @property
     def blocks(self) -> Blocks | None:
         """The run of equal blocks that the module is made of, if it is; `build` makes `Blocks.traced` of them."""

@@ -1,32 +1,22 @@
 """A contract and a checkpoint in, an ONNX model out, whose weights stay where they are.
 
-The module is built and traced with fake tensors, which have shapes and types and no data. The weights of the traced
-graph are then pointed at their bytes in the checkpoint's safetensors files. Nothing is loaded, nothing is copied.
+The weights of the traced graph are pointed at their bytes in the checkpoint's safetensors files. Nothing is loaded,
+nothing is copied.
 """
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common as passes
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.errors import CheckpointError
-from cvx_deploy.exporters.sources.checkpoint import sensible_config
 from cvx_deploy.exporters.tracing.contract import NetworkContract
-from cvx_deploy.exporters.tracing.repeat import repeat_blocks
-from cvx_deploy.exporters.tracing.symbols import PRIMES, make_symbolic
-from cvx_deploy.graph.fold import fold_indices
+from cvx_deploy.exporters.tracing.kept import kept_graph
 from cvx_deploy.graph.rewrites import rewrite
-from cvx_deploy.graph.split import split_without_sequences
 from cvx_deploy.quantize.placement import Placement, quantize_graph
 
-OPSET = 23
 _IR_DTYPES = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
@@ -61,7 +51,7 @@ def onnx_from_contract(
     Raises:
         CheckpointError: A tensor is missing, or has another shape or type than the config says.
     """
-    model = graph_from_contract(contract, where)
+    model = kept_graph(contract, where)
     rewrite(model, rewrites)
     if placement is not None:
         quantize_graph(model, placement, lambda name: contract.weight_names(name)[0])
@@ -75,59 +65,9 @@ def onnx_from_contract(
     return model
 
 
-def graph_from_contract(contract: NetworkContract, where: Path) -> ir.Model:
-    """Trace a network as deep as it is; nothing is rewritten for an engine, and its weights are names and shapes."""
-    model = _trace(contract, where)
-    for named, specs in ((model.graph.inputs, contract.input_specs), (model.graph.outputs, contract.output_specs)):
-        for value, spec in zip(named, specs, strict=True):
-            value.name, value.shape = spec.name, ir.Shape(spec.shape)
-    _name_nodes_by_module(model)
-    make_symbolic(model, contract.input_specs)
-    split_without_sequences(model)
-    if contract.blocks is not None:
-        repeat_blocks(model, contract.blocks)
-    fold_indices(model)
-    return model
-
-
 def weight_location(file: str) -> str:
     """Return the plain name under which ONNX files and the manifest know a checkpoint's weight file."""
     return file.replace("/", ".")
-
-
-def _trace(contract: NetworkContract, where: Path) -> ir.Model:
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet(), torch.no_grad():
-        with sensible_config(where):
-            module = contract.module()
-        inputs = tuple(contract.generate_dummy_inputs(**PRIMES).values())
-        program = torch.export.export(module, inputs, strict=False)
-    with _quiet():
-        onnx_program = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
-    assert onnx_program is not None
-    return onnx_program.model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' notes on packages that are not needed here off the user's screen."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _name_nodes_by_module(model: ir.Model) -> None:
-    """Name nodes by the module they come from, so that a profile or a diff can be read."""
-    for index, node in enumerate(model.graph):
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        inner = [scope for scope in (part.strip(" '\"[]") for part in scopes.split(",")) if scope]
-        module = inner[-2] if len(inner) > 1 else ""
-        node.name = f"{module}/{node.op_type}_{index}"
 
 
 def _bind_weights(model: ir.Model, contract: NetworkContract, tensors: dict[str, StoredTensor], where: Path) -> None:

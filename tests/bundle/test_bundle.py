@@ -376,4 +376,4 @@ def test_the_manifest_is_json_that_a_person_can_read(bundle: Bundle) -> None:
     text = bundle.manifest.to_json().decode()
     assert json.loads(text)["networks"]["vae"]["state"] == {"cache": "new_cache"}
     assert json.loads(text) == json.loads(json.dumps(asdict(bundle.manifest)))
-    assert text.startswith('{\n  "schema_version": 4,\n')
+    assert text.startswith('{\n  "schema_version": 5,\n')

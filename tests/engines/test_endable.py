@@ -40,6 +40,20 @@ def test_a_signal_ends_the_call_and_is_what_is_raised() -> None:
     assert ended.is_set()
 
 
+@pytest.mark.usefixtures("interrupt")
+def test_a_call_that_takes_a_while_to_end_has_ended_when_the_signal_is_raised() -> None:
+    told, ended = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        told.wait(60)
+        time.sleep(1)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        endable(slow, told.set)
+    assert ended.is_set()
+
+
 def endless() -> bytes:
     """Return a graph whose loop goes round 2**62 times."""
     info, make = onnx.helper.make_tensor_value_info, onnx.helper.make_node

@@ -24,7 +24,7 @@ from tests.parity.test_networks import (
 from tests.tolerances import NETWORK_RELATIVE
 from tests.untraced import without_tracing
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 # The 2.03 GB of the checkpoint, and some air.
 ROOM = 3 * 10**9

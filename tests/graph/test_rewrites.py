@@ -19,6 +19,8 @@ from tests.conftest import Tiny
 from tests.tolerances import REWRITE_RELATIVE
 
 SIZES = {"batch": 2, "latent_height": 6, "latent_width": 8}
+
+pytestmark = pytest.mark.export
 PLACES: dict[str, tuple[str, Precision]] = {
     "rope": ("transformer", "fp32"),
     "joint": ("transformer", "fp16"),

@@ -16,6 +16,7 @@ import pytest
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.errors import EngineError
+from cvx_deploy.install import pip_install
 from cvx_deploy.parity.verify import FileReport, NetworkReport, Verification, verify
 from cvx_deploy.progress import SilentProgress
 from tests.command import content, cvx
@@ -301,7 +302,7 @@ def test_without_onnx_the_command_says_what_to_install(bundle: Bundle, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
     line = cvx("verify", "--bundle", bundle.path).failure()
     assert line.startswith("error: this command needs onnx, ")
-    assert 'pip install "cvx-deploy[export]"' in line
+    assert pip_install("export") in line
 
 
 def loaded(report: Verification) -> dict[str, tuple[str, ...]]:

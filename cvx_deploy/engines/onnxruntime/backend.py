@@ -24,6 +24,7 @@ from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.engines.residency import Policy, Residency, key_of
 from cvx_deploy.engines.weights import mapped_file
 from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
+from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.reading import reading
@@ -89,8 +90,8 @@ class OrtSession:
             endable(call, lambda: setattr(options, "terminate", True))
             return dict(zip(self._outputs, binding.get_outputs(), strict=True))
         except _ERRORS as error:
-            again = "export the bundle again; if that does not help, report this"
-            _fail(f"ONNX Runtime failed in {self._name}", error, fix=again)
+            again = "run: cvx-deploy verify --bundle DIR; if the bundle is sound, report this"
+            _fail(f"ONNX Runtime failed in {self._name}", error, fix=again, on_gpu=self._memory.on_gpu)
 
 
 class OrtBackend:
@@ -176,7 +177,8 @@ class OrtBackend:
         except _ERRORS as error:
             again = "export the bundle again with this version of cvx-deploy"
             other = f"{again}, or with --precision fp16 or fp32, or run it with another --engine"
-            _fail(f"ONNX Runtime cannot load {role}", error, fix=other if self._memory.on_gpu else again)
+            on_gpu = self._memory.on_gpu
+            _fail(f"ONNX Runtime cannot load {role}", error, fix=other if on_gpu else again, on_gpu=on_gpu)
         if self._memory.on_gpu and _CUDA not in session.get_providers():  # it goes on without, and does not say so
             raise EngineError(f"ONNX Runtime would run {role} on the CPU: it cannot use CUDA here", fix=_LIBRARIES)
         if self._memory.on_gpu:
@@ -319,7 +321,7 @@ class _Memory:
 
 
 _PACKAGE = "pip uninstall -y onnxruntime; pip install --force-reinstall --no-deps onnxruntime-gpu"
-_LIBRARIES = 'pip install "cvx-deploy[gpu]", and see what nvidia-smi says'
+_LIBRARIES = f"{pip_install('gpu')}, and see what nvidia-smi says"
 _SMALLER = (
     "end what else uses the GPU, run with --vae-tiling, or export with a precision of fewer bytes or at a smaller shape"
 )
@@ -351,10 +353,11 @@ def check_device(device: int) -> None:
         raise EngineError(f"ONNX Runtime cannot use GPU {device}: {reason}", fix=_LIBRARIES) from error
 
 
-def _fail(what: str, error: Exception, *, fix: str) -> NoReturn:
+def _fail(what: str, error: Exception, *, fix: str, on_gpu: bool = True) -> NoReturn:
     """State what ONNX Runtime raised, with the first line of its reason."""
+    smaller = _SMALLER if on_gpu else _SMALLER.replace("uses the GPU", "takes memory")
     if _OUT_OF_MEMORY.search(str(error)):
-        raise OutOfMemoryError(f"{what}, out of memory: {_first_line(error)}", fix=_SMALLER) from error
+        raise OutOfMemoryError(f"{what}, out of memory: {_first_line(error)}", fix=smaller) from error
     raise EngineError(f"{what}: {_first_line(error)}", fix=_remedy(error, fix)) from error
 
 

@@ -63,7 +63,7 @@ class OpenVinoSession:
             self._request.start_async()
             self._wait()
         except RuntimeError as error:
-            again = "export the bundle again; if that does not help, report this"
+            again = "run: cvx-deploy verify --bundle DIR; if the bundle is sound, report this"
             raise EngineError(f"OpenVINO failed in {self._name}: {_told(error)}", fix=again) from error
         return outputs
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cvx_deploy.engines.spec import EngineOptions, EngineSpec, Needed, Probe
 from cvx_deploy.errors import EngineError
+from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from cvx_deploy.bundle.schema import Manifest
     from cvx_deploy.engines.openvino.backend import OpenVinoBackend
 
-_INSTALL = 'pip install "cvx-deploy[openvino]"'
+_INSTALL = pip_install("openvino")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """One network to one engine file: builder settings, progress, the log the compiled plan is read from."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from cvx_deploy.engines.tensorrt.libraries import Library
 from cvx_deploy.engines.tensorrt.network import ParsedNetwork
 from cvx_deploy.engines.tensorrt.store import Profile
 from cvx_deploy.errors import EngineError
-from cvx_deploy.files import staged_file
+from cvx_deploy.files import cache_folder, staged_file
 from cvx_deploy.progress import Advance, Progress
 
 HardwareCompatibility = Literal["none", "ampere-plus", "same-capability"]
@@ -167,9 +166,8 @@ def _set_profile(builder: Any, config: Any, described: Network, profile: Profile
 
 def timing_cache_path(library: Library, gpu: str) -> Path:
     """Return where the timings of kernels on one kind of GPU are kept, for the builds to come."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"\W+", "-", f"{gpu} {library.kind} {library.version}").strip("-").lower()
-    return home / "cvx-deploy" / "timing" / f"{name}.cache"
+    return cache_folder("timing") / f"{name}.cache"
 
 
 @contextmanager

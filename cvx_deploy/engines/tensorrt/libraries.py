@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Literal, get_args
 
 from cvx_deploy.errors import EngineError
+from cvx_deploy.install import pip_install
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
@@ -57,7 +58,7 @@ def load_library(kind: EngineKind) -> Library:
     Raises:
         EngineError: It is not installed, or what is installed cannot be loaded or is too old.
     """
-    fix = f'pip install "cvx-deploy[{_INSTALL[kind]}]"'
+    fix = pip_install(_INSTALL[kind])
     try:
         module = importlib.import_module(_MODULES[kind])
     except ImportError as error:

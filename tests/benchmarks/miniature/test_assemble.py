@@ -91,6 +91,7 @@ def test_tokenizer_survives_the_checkpoint(checkpoint: Path, tokenizer_folder: P
     assert after("")["input_ids"] == [1]
 
 
+@pytest.mark.export
 def test_the_packaged_folder_runs_wherever_it_is_and_makes_the_videos_of_diffusers(
     checkpoint: Path, tmp_path: Path
 ) -> None:

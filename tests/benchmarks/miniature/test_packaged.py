@@ -40,6 +40,7 @@ def test_a_miniature_is_a_checkpoint_of_at_most_12_megabytes_and_a_whole_bundle(
     assert {"model_index.json", "README.md"} <= {path.name for path in checkpoint}
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("name", MINIATURES)
 def test_the_packaged_bundle_is_what_the_exporter_makes_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     """When this is red, run benchmarks/miniature/package.py on the packaged checkpoint again."""

@@ -19,6 +19,7 @@ from cvx_deploy.engines.onnxruntime.backend import OrtBackend, OrtSession
 from cvx_deploy.engines.onnxruntime.convolution import check_convolution
 from cvx_deploy.engines.onnxruntime.graphs import graph_for_cuda
 from cvx_deploy.errors import EngineError, OutOfMemoryError
+from cvx_deploy.install import pip_install
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline import vae
 from cvx_deploy.pipeline.request import RunRequest
@@ -333,7 +334,7 @@ def test_a_missing_library_is_named_and_nothing_else_is_printed(
     fake.failures["upload"] = RuntimeError("CUDA Provider not available")
     with pytest.raises(EngineError, match=r"GPU 0: Failed to load libcublas\.so\.13") as raised:
         OrtBackend(mini, THREADS, device=0)
-    assert "cvx-deploy[gpu]" in raised.value.fix
+    assert pip_install("gpu") in raised.value.fix
     assert capsys.readouterr().out == ""
 
 

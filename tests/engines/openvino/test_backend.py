@@ -20,6 +20,7 @@ from cvx_deploy.engines.openvino import backend as backend_of
 from cvx_deploy.engines.openvino.backend import OpenVinoBackend, precisions
 from cvx_deploy.engines.registry import open_backend
 from cvx_deploy.errors import EngineError
+from cvx_deploy.install import pip_install
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import run
@@ -126,9 +127,9 @@ def test_without_openvino_the_extra_is_named(mini: Bundle, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match="openvino is not installed") as raised, open_backend("openvino", mini):
         pass
-    assert raised.value.fix == 'pip install "cvx-deploy[openvino]"'
+    assert raised.value.fix == pip_install("openvino")
     [found] = [one for one in diagnose(tmp_path).findings if one.subject == "openvino" and one.state == "note"]
-    assert found.fix == 'pip install "cvx-deploy[openvino]"'
+    assert found.fix == pip_install("openvino")
 
 
 def test_what_openvino_cannot_read_is_said_in_one_line(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

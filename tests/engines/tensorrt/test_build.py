@@ -282,6 +282,7 @@ def test_other_settings_make_another_engine(encoder: tuple[Bundle, Outcome], lib
 def test_timings_are_kept_by_the_name_of_the_gpu(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CVX_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = timing_cache_path(library, ADA.gpu)
     assert path.parent == tmp_path / "cvx-deploy" / "timing"

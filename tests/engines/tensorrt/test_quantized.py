@@ -72,6 +72,7 @@ def test_quantized_attention_multiplies_in_float8_in_one_kernel_whatever_its_lay
     assert attention_takes(bundle, outcome) == {"float8"}
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("precision", ["int8wo/bf16", "int4wo/bf16"])
 def test_weights_alone_in_few_bits_are_compiled_with_attention_fused(
     precision: str, tiny: Tiny, library: Library, tmp_path: Path

@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Tokenizer
 
 from cvx_deploy.errors import CheckpointError, OutputError
-from cvx_deploy.exporters.cogvideox.tokenizer import write_tokenizer_json
+from cvx_deploy.exporters.cogvideox.tokenizer import disagreement, write_tokenizer_json
 from cvx_deploy.pipeline.tokenizer import Tokenizer
 
 LENGTH = 226
@@ -194,6 +194,23 @@ def test_settings_that_t5_does_not_have_are_refused(checkpoint: Path, tmp_path: 
     folder = changed(checkpoint, tmp_path, **{key: value})
     with pytest.raises(CheckpointError, match=f"{key}.* where T5 has"):
         write_tokenizer_json(folder, tmp_path / "tokenizer.json")
+
+
+def test_of_two_vocabularies_the_one_transformers_reads_is_written_and_a_note_says_so(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "tokenizer"))
+    assert disagreement(folder) is None
+    write_tokenizer_json(folder, folder / "tokenizer.json")
+    assert disagreement(folder) is None, "the two are of the same vocabulary"
+    other = json.loads((folder / "tokenizer.json").read_text())
+    first, second = other["model"]["vocab"][10:12]
+    other["model"]["vocab"][10:12] = [[second[0], first[1]], [first[0], second[1]]]
+    (folder / "tokenizer.json").write_text(json.dumps(other))
+    assert "tokenizer.json and spiece.model differ; the first is read" in str(disagreement(folder))
+    write_tokenizer_json(folder, tmp_path / "written.json")
+    ours, theirs = json.loads((tmp_path / "written.json").read_text()), T5Tokenizer.from_pretrained(folder)
+    assert ours["model"]["vocab"][10][0] == second[0] == theirs.convert_ids_to_tokens(10)
 
 
 def test_a_folder_that_is_not_there_is_never_looked_up_elsewhere(tmp_path: Path) -> None:

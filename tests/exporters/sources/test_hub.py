@@ -446,6 +446,7 @@ def test_a_note_that_says_nothing_is_disregarded(hub: StubHub, local: Path, note
     assert Checkpoint(local).weight_file(VAE).sha256 == hub.etag(VAE)
 
 
+@pytest.mark.export
 def test_a_model_is_exported_from_its_own_repository_and_runs(hub: StubHub, tmp_path: Path) -> None:
     bundle_path, video = tmp_path / "bundle", tmp_path / "video.npy"
     made = cvx("export", "--model", "5b", "--revision", "v1", "--output", bundle_path, "--quiet")

@@ -11,13 +11,15 @@ from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
-from cvx_deploy.exporters.tracing import trace
+from cvx_deploy.exporters.tracing import graph, trace
 from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.repeat import TRACED, Blocks, repeat_blocks
 from cvx_deploy.shape import Shape
 from tests.conftest import Tiny
 
 LAYERS = 7
+
+pytestmark = pytest.mark.export
 
 
 def meaning(model: ir.Model) -> list[str]:
@@ -34,8 +36,11 @@ def meaning(model: ir.Model) -> list[str]:
     return [known[output] for output in model.graph.outputs]
 
 
-def _attribute(value: ir.Attr) -> str:
-    return repr(value.value.tobytes()) if value.type == ir.AttributeType.TENSOR else repr(value.value)
+def _attribute(value: ir.Attr) -> bytes:
+    """Return an attribute as a file holds it, but for the name of a tensor."""
+    if value.type == ir.AttributeType.TENSOR:
+        return repr((value.value.dtype, value.value.shape)).encode() + value.value.tobytes()
+    return ir.to_proto(value).SerializeToString(deterministic=True)
 
 
 def deep(contract: type[NetworkContract], checkpoint: Path) -> NetworkContract:
@@ -62,13 +67,15 @@ def deep_tensors(contract: NetworkContract, checkpoint: Path) -> dict[str, Store
 
 @pytest.mark.parametrize("contract", [TextEncoderContract, TransformerContract])
 def test_repeated_blocks_mean_what_traced_blocks_mean(
-    contract: type[NetworkContract], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    contract: type[NetworkContract], tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("CVX_CACHE_DIR", str(tmp_path / "repeated"))
     network = deep(contract, tiny("5b"))
     tensors = deep_tensors(network, tiny("5b"))
     repeated = trace.onnx_from_contract(network, tensors, Path("here"))
     monkeypatch.setattr(Blocks, "traced", property(lambda blocks: blocks.count))
-    monkeypatch.setattr(trace, "repeat_blocks", lambda model, blocks: None)
+    monkeypatch.setenv("CVX_CACHE_DIR", str(tmp_path / "traced"))
+    monkeypatch.setattr(graph, "repeat_blocks", lambda model, blocks: None)
     traced = trace.onnx_from_contract(deep(contract, tiny("5b")), tensors, Path("here"))
     assert meaning(repeated) == meaning(traced)
     assert repeated.graph.num_nodes() == traced.graph.num_nodes()

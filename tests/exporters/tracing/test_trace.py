@@ -15,14 +15,17 @@ from cvx_deploy.bundle.safetensors import StoredTensor, read_header
 from cvx_deploy.bundle.schema import TensorSpec
 from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
-from cvx_deploy.exporters.tracing import trace as trace_module
+from cvx_deploy.exporters.tracing import graph
 from cvx_deploy.exporters.tracing.contract import NetworkContract
-from cvx_deploy.exporters.tracing.trace import OPSET, onnx_from_contract, weight_location
+from cvx_deploy.exporters.tracing.graph import OPSET
+from cvx_deploy.exporters.tracing.trace import onnx_from_contract, weight_location
 from cvx_deploy.precision import Precision
 from tests.conftest import Exported, Tiny
 
 FILE = "part/weights.safetensors"
 FEATURES, WIDTH = 300, 200
+
+pytestmark = pytest.mark.export
 
 
 class Affine(torch.nn.Module):
@@ -72,7 +75,7 @@ _traced: dict[str, ir.Model] = {}
 @pytest.fixture(autouse=True)
 def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace once a precision: the tests differ in what happens to the graph then."""
-    original = trace_module._trace
+    original = graph._trace
 
     def once(contract: NetworkContract, where: Path) -> ir.Model:
         if contract.config:
@@ -81,7 +84,7 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _traced[contract.precision] = original(contract, where)
         return _traced[contract.precision].clone()
 
-    monkeypatch.setattr(trace_module, "_trace", once)
+    monkeypatch.setattr(graph, "_trace", once)
 
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
