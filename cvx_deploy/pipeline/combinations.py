@@ -27,14 +27,20 @@ MEANINGLESS_BESIDE = (
         (
             *("prompts", "negative_prompt", "image", "video", "strength", "steps", "guidance_scale", "dynamic_cfg"),
             *("scheduler", "seed", "num_videos", "save_latents", "prompt_cache"),
+            *("cache", "cache_speedup", "cache_tolerance", "fast"),
         ),
         "the latents are finished, and only decoded",
     ),
     Rule("image", ("video",), "a video starts from one of them"),
+    Rule("fast", ("cache", "cache_speedup", "cache_tolerance"), "it is a choice of these"),
 )
 """Beside `option`, each of `beside` would be ignored."""
 
-MEANINGLESS_WITHOUT = (Rule("strength", ("video",), "it says how much of a video is remade"),)
+MEANINGLESS_WITHOUT = (
+    Rule("strength", ("video",), "it says how much of a video is remade"),
+    Rule("cache_speedup", ("cache",), "it says how much work a fixed cache saves"),
+    Rule("cache_tolerance", ("cache",), "it says how far an adaptive cache may stray"),
+)
 """Unless one of `beside` is given, `option` would be ignored."""
 
 
