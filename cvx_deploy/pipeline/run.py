@@ -311,7 +311,7 @@ def _encoded(
     chunks = vae.count_chunks(backend, half, pixels.shape[2])
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
-    with progress.task("encode " + ("image" if request.image else "video"), chunks) as advance:
+    with progress.task("encode " + ("video" if request.image is None else "image"), chunks) as advance:
         posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance)
     return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
 
