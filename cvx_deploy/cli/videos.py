@@ -46,7 +46,7 @@ def _devices(text: str) -> tuple[int, ...]:
 @click.option("--fast", is_flag=True, help="Run half of the steps and forecast the others: little is lost.")
 @click.option("--cache", type=click.Choice(["fixed", "adaptive"]), help="Forecast steps, evenly or where it is safe.")
 @click.option("--cache-speedup", type=float, help="How many times less work --cache fixed makes. Default: 2.")
-@click.option("--cache-tolerance", type=float, help="How far --cache adaptive may stray. Default: 0.1.")
+@click.option("--cache-tolerance", type=float, help="How far --cache adaptive may stray. Default: 0.1, dpm 0.05.")
 @click.option("--scheduler", type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first video; the next has one more.")
 @click.option("--num-videos", type=int, default=1, show_default=True, help="Videos a prompt.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from cvx_deploy.bounds import MOST_SPEEDUP, MOST_TOLERANCE
 from cvx_deploy.errors import CvxError
 from cvx_deploy.pipeline.forecast import Forecast
-from cvx_deploy.pipeline.policy import AdaptivePolicy, FixedPolicy, StepPolicy, spread
+from cvx_deploy.pipeline.policy import AdaptivePolicy, CleanLatentsPolicy, FixedPolicy, StepPolicy, spread
 from cvx_deploy.pipeline.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ SPEEDUP = 2.0
 """How many times less work a fixed mask makes unless told otherwise; what ``--fast`` means."""
 TOLERANCE = 0.1
 """How far forecasts may stray unless told otherwise."""
+TOLERANCE_OF_NOISY = 0.05
+"""The same where each step draws noise, and the rule is another one."""
 _FIRST = 0.08
 """The share of the steps that is always run at the start: outputs change most there, and forecasts need some."""
 
@@ -64,9 +66,10 @@ def policy_for(request: "RunRequest", scheduler: Scheduler) -> StepPolicy | None
         )
     forecast = forecast_for(scheduler)
     if mode == "adaptive":
-        tolerance = TOLERANCE if request.cache_tolerance is None else request.cache_tolerance
-        return AdaptivePolicy(steps, tolerance, first, forecast)
-    calls = math.ceil(steps / (SPEEDUP if request.cache_speedup is None else request.cache_speedup))
+        return _adaptive(request.cache_tolerance, scheduler, first, forecast)
+    if request.cache_speedup is None:  # as near to it as so few steps allow
+        return FixedPolicy(spread(steps, max(round(steps / SPEEDUP), first + 1), first), forecast)
+    calls = round(steps / request.cache_speedup)
     if calls <= first:
         raise CvxError(
             f"{steps} steps with a cache speedup of {request.cache_speedup} leave {calls} calls of the transformer, "
@@ -74,6 +77,13 @@ def policy_for(request: "RunRequest", scheduler: Scheduler) -> StepPolicy | None
             fix=f"use --cache-speedup {_floor(steps / (first + 1))} or less, or more --steps",
         )
     return FixedPolicy(spread(steps, calls, first), forecast)
+
+
+def _adaptive(tolerance: float | None, scheduler: Scheduler, first: int, forecast: Forecast) -> StepPolicy:
+    if scheduler.draws_noise:
+        return CleanLatentsPolicy(scheduler, TOLERANCE_OF_NOISY if tolerance is None else tolerance, first, forecast)
+    steps = len(scheduler.timesteps) - scheduler.start
+    return AdaptivePolicy(steps, TOLERANCE if tolerance is None else tolerance, first, forecast)
 
 
 def forecast_for(scheduler: Scheduler) -> Forecast:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.pipeline.forecast import Forecast
+from cvx_deploy.pipeline.schedulers import Scheduler
 
 Latents = NDArray[np.float32]
 Action = Literal["run", "conditional", "forecast"]
@@ -95,6 +96,40 @@ class AdaptivePolicy:
         if self._run is not None:
             self._rate = _mean(output - self._run[1]) / max(_mean(latents - self._run[0]), _TINY)
         self._run, self._strayed = (latents, output), 0.0
+
+
+class CleanLatentsPolicy:
+    """Runs a step once the clean latents would have strayed too far: `AdaptivePolicy` for samplers that draw noise.
+
+    There latents move by what is drawn, and EasyCache's rate says little. What an output is taken to have changed by is
+    how fast the clean latents it stands for changed, a step, between the last two that were run.
+
+    Args:
+        scheduler: Says which clean latents an output stands for.
+        tolerance: As that of `AdaptivePolicy`; `first` and `forecast` likewise.
+    """
+
+    splits = False
+
+    def __init__(self, scheduler: Scheduler, tolerance: float, first: int, forecast: Forecast) -> None:
+        self.forecast = forecast
+        self._scheduler, self._tolerance, self._first = scheduler, tolerance, first
+        self._last = len(scheduler.timesteps) - scheduler.start - 1
+        self._strayed, self._rate = 0.0, math.inf
+        self._run: tuple[int, Latents] | None = None  # the last step that was run, and its clean latents
+
+    def before(self, step: int, latents: Latents) -> Action:
+        """Apply the rule."""
+        self._strayed += self._rate
+        run = step < self._first or step == self._last or not self._strayed < self._tolerance
+        return "run" if run else "forecast"
+
+    def after(self, step: int, latents: Latents, output: Latents) -> None:
+        """Measure the rate anew."""
+        clean = self._scheduler.original(self._scheduler.start + step, output, latents)
+        if self._run is not None:
+            self._rate = _mean(clean - self._run[1]) / max(_mean(clean), _TINY) / (step - self._run[0])
+        self._run, self._strayed = (step, clean), 0.0
 
 
 _TINY = 1e-30

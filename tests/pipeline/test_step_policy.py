@@ -22,10 +22,11 @@ from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.events import Step
 from cvx_deploy.pipeline.forecast import Forecast, Forecaster
 from cvx_deploy.pipeline.noise import Generator
-from cvx_deploy.pipeline.policy import Action, AdaptivePolicy, FixedPolicy, spread
+from cvx_deploy.pipeline.policy import Action, AdaptivePolicy, CleanLatentsPolicy, FixedPolicy, spread
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import make_latents
+from cvx_deploy.pipeline.schedulers import SchedulerConfig, make_scheduler
 from cvx_deploy.progress import SilentProgress
 from tests.command import cvx
 
@@ -191,11 +192,10 @@ def test_a_mask_runs_as_often_as_it_says_the_first_steps_and_the_last(steps: int
     assert all(np.diff(gaps) >= -1)  # they grow, but rounded
 
 
-def test_the_adaptive_rule_runs_more_steps_for_a_smaller_tolerance() -> None:
-    taken = [
-        pipeline()(PROMPT, cache="adaptive", cache_tolerance=tolerance, output_type="latent").report.steps[0]
-        for tolerance in (0.05, 0.1, 0.4)
-    ]
+@pytest.mark.parametrize(("kind", "tolerances"), [("ddim", (0.05, 0.1, 0.4)), ("dpm", (0.02, 0.05, 0.1))])
+def test_the_adaptive_rules_run_more_steps_for_a_smaller_tolerance(kind: SchedulerKind, tolerances: Any) -> None:
+    wanted: dict[str, Any] = {"cache": "adaptive", "scheduler": kind, "output_type": "latent"}
+    taken = [pipeline()(PROMPT, cache_tolerance=one, **wanted).report.steps[0] for one in tolerances]
     counts = [len(one.run) for one in taken]
     assert 50 > counts[0] > counts[1] > counts[2]
     assert all(one.run[:2] == (0, 1) and one.run[-1] == 49 for one in taken)
@@ -213,6 +213,19 @@ def test_the_adaptive_rule_is_that_of_easycache() -> None:
             policy.after(step, values, np.ones_like(values) + 0.2 * (step % 2))
     # After steps 0 and 1 a rate of 2: 0.2 of 1.2 a step, of which two are 0.33, and three 0.5.
     assert actions[:5] == ["run", "run", "forecast", "forecast", "run"]
+
+
+def test_the_rule_for_samplers_that_draw_noise_follows_the_clean_latents() -> None:
+    """They change by a hundredth a step, whatever latents do: at a tolerance of 0.025 two steps are forecast."""
+    config = SchedulerConfig(prediction_type="sample", timestep_spacing="trailing")
+    policy = CleanLatentsPolicy(make_scheduler("dpm", config, 20), 0.025, 2, Forecast("x0", 1))
+    actions = []
+    for step in range(20):
+        latents = np.full((1, 1, 1, 1, 1), 100.0 * step, np.float32)
+        actions.append(policy.before(step, latents))
+        if actions[-1] == "run":
+            policy.after(step, latents, np.full_like(latents, 1.01**step))
+    assert actions == ["run", "run", *["forecast", "forecast", "run"] * 5, "forecast", "forecast", "run"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,7 +279,7 @@ def test_what_a_refused_speedup_offers_instead_works() -> None:
     with pytest.raises(CvxError, match=r"use --cache-speedup 6\.66 or less"):
         pipeline()(PROMPT, cache="fixed", cache_speedup=10.0, num_inference_steps=20)
     report = pipeline()(PROMPT, cache="fixed", cache_speedup=6.66, num_inference_steps=20).report
-    assert len(report.steps[0].run) == 4
+    assert len(report.steps[0].run) == 3
 
 
 def test_the_command_says_which_steps_it_ran(tmp_path: Path) -> None:
