@@ -229,6 +229,15 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
         )
     if request.video is not None and not backend.bundle.has("vae_encoder"):
         _refuse_video(backend.bundle)
+    taken = {spec.name: spec.shape for spec in backend.bundle.network("transformer").inputs}["encoder_hidden_states"][
+        1:
+    ]
+    for embeds in (request.prompt_embeds, request.negative_prompt_embeds):
+        if embeds is not None and embeds.shape[1:] != taken:
+            raise PromptError(
+                f"embeddings of a prompt have the shape {embeds.shape[1:]}, not {taken} (tokens, channels)",
+                fix=f"make them with the text encoder of {manifest.model}",
+            )
 
 
 def _refuse_video(bundle: Bundle) -> NoReturn:
