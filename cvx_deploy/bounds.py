@@ -24,6 +24,10 @@ MOST_VIDEOS = 10_000
 MOST_STEPS = 100_000
 """Timesteps a model was trained with, or steps of a sampler."""
 MOST_THREADS = 1024
+MOST_SPEEDUP = 10.0
+"""Of how many times less often the transformer is run."""
+MOST_TOLERANCE = 1.0
+"""Of how far forecasts may stray: all of an output."""
 LARGEST_FACTOR = 1e6
 """Of a guidance scale, an adapter's scale, a VAE's scaling factor."""
 LARGEST_FILE = 1 << 50

@@ -1,6 +1,7 @@
 """The command that makes videos."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def _devices(text: str) -> tuple[int, ...]:
     help="How strongly the prompt steers; 1 turns guidance off. Default: the bundle's own, 6 for the published models.",
 )
 @click.option("--dynamic-cfg", is_flag=True, help="Vary the guidance scale over the steps.")
+@click.option("--fast", is_flag=True, help="Run half of the steps and forecast the others: little is lost.")
+@click.option("--cache", type=click.Choice(["fixed", "adaptive"]), help="Forecast steps, evenly or where it is safe.")
+@click.option("--cache-speedup", type=float, help="How many times less work --cache fixed makes. Default: 2.")
+@click.option("--cache-tolerance", type=float, help="How far --cache adaptive may stray. Default: 0.1, dpm 0.05.")
 @click.option("--scheduler", type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first video; the next has one more.")
 @click.option("--num-videos", type=int, default=1, show_default=True, help="Videos a prompt.")
@@ -141,11 +146,14 @@ def run(
         report = pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
+    for video, taken in sorted(report.steps.items()):
+        progress.note(f"video {video + 1}: {taken}")
     values = {
         "videos": [str(video) for video in report.paths],
         "seeds": report.seeds,
         "seconds": {stage: round(seconds, 4) for stage, seconds in report.stages.items()},
         "cached_prompts": report.cached_prompts,
+        "steps": [asdict(report.steps[video]) for video in sorted(report.steps)],
         "shape": str(bundle.shape),
         "engine": engine,
         "precision": bundle.manifest.precision,

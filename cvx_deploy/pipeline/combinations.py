@@ -27,10 +27,12 @@ MEANINGLESS_BESIDE = (
         (
             *("prompts", "negative_prompt", "image", "video", "strength", "steps", "guidance_scale", "dynamic_cfg"),
             *("scheduler", "seed", "num_videos", "save_latents", "prompt_cache"),
+            *("cache", "cache_speedup", "cache_tolerance", "fast"),
         ),
         "the latents are finished, and only decoded",
     ),
     Rule("image", ("video",), "a video starts from one of them"),
+    Rule("fast", ("cache", "cache_speedup", "cache_tolerance"), "it is a choice of these"),
     Rule("latents", ("video",), "both say where to start"),
     Rule("prompt_embeds", ("prompts",), "the embeddings are what a prompt is made into"),
     Rule("each_seed", ("seed",), "every video has a seed of its own"),
@@ -39,6 +41,8 @@ MEANINGLESS_BESIDE = (
 
 MEANINGLESS_WITHOUT = (
     Rule("strength", ("video",), "it says how much of a video is remade"),
+    Rule("cache_speedup", ("cache",), "it says how much work a fixed cache saves"),
+    Rule("cache_tolerance", ("cache",), "it says how far an adaptive cache may stray"),
     Rule("negative_prompt_embeds", ("prompt_embeds",), "they are a pair"),
 )
 """Unless one of `beside` is given, `option` would be ignored."""

@@ -1,7 +1,7 @@
 """Several devices for one run: each denoises its share of the videos, in a thread of its own."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from queue import Queue
@@ -16,7 +16,7 @@ class _Done:
     """What a device puts after its last piece."""
 
 
-def share_out(devices: Sequence[Device], count: int, work: Work[Device, Item]) -> Iterator[Item]:
+def share_out(devices: Sequence[Device], count: int, work: Work[Device, Item]) -> Generator[Item, None, None]:
     """Do `count` pieces of work; piece k on device ``k % len(devices)``, each device in a thread of its own.
 
     Args:

@@ -15,6 +15,7 @@ class Step:
         index: Which of the steps that this video takes, from 0; `count` is how many there are.
         timestep: The scheduler's, falling from about 999.
         latents: What they are after it, float32 (1, F, C, H, W), padded frames first where the model has some.
+        forecast: Whether what the transformer would say was foretold, and it was not run.
     """
 
     video: int
@@ -22,6 +23,7 @@ class Step:
     count: int
     timestep: int
     latents: NDArray[np.float32]
+    forecast: bool = False
 
 
 @dataclass(frozen=True)

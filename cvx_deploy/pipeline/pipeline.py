@@ -28,6 +28,7 @@ from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixels
 from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
 from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.report import RunReport
@@ -219,7 +220,8 @@ class Pipeline:
                 video, the next has one more; ``generator``, a seed for every video, as ints or as objects with
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
-                ``width``, which pick one of the bundle's shapes; ``vae_tiling``.
+                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``fast``, or ``cache``, fixed or
+                adaptive or a policy of one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps.
 
         Raises:
             CvxError: As a call does.
@@ -269,6 +271,10 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         vae_tiling: bool = False,
+        cache: CacheMode | PolicyMaker | None = None,
+        cache_speedup: float | None = None,
+        cache_tolerance: float | None = None,
+        fast: bool = False,
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
         bundle = bundle_at(self.bundle, Wanted(num_frames, height, width))
@@ -290,6 +296,10 @@ class Pipeline:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             vae_tiling=vae_tiling,
+            cache=cache,
+            cache_speedup=cache_speedup,
+            cache_tolerance=cache_tolerance,
+            fast=fast,
         )
         return bundle, request
 

@@ -21,6 +21,28 @@ class Span:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class StepsTaken:
+    """How a video's steps were taken, each counted from 0.
+
+    Attributes:
+        run: At these the transformer was run.
+        conditional: At these its branch of the prompt alone was, and the negative prompt's was foretold.
+        forecast: At these all was foretold.
+        error: How far the last step that was run was from its forecast: L2 norm over that of what it said.
+    """
+
+    run: tuple[int, ...]
+    conditional: tuple[int, ...]
+    forecast: tuple[int, ...]
+    error: float | None
+
+    def __str__(self) -> str:
+        half = f"{len(self.conditional)} by half, " if self.conditional else ""
+        strayed = "" if self.error is None else f"; the last one run was {100 * self.error:.2g}% from its forecast"
+        return f"{len(self.run)} steps run, {half}{len(self.forecast)} forecast{strayed}"
+
+
 @dataclass
 class RunReport:
     """What a run did.
@@ -30,12 +52,14 @@ class RunReport:
         seeds: One a video.
         spans: What it did when; a stage may come several times.
         cached_prompts: How many texts' embeddings came from the prompt cache.
+        steps: By video, where steps could be forecast.
     """
 
     paths: list[Path] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     cached_prompts: int = 0
+    steps: dict[int, StepsTaken] = field(default_factory=dict)
 
     @property
     def stages(self) -> dict[str, float]:

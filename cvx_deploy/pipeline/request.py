@@ -11,6 +11,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CvxError, OutputError, PromptError
 from cvx_deploy.families.cogvideox import vae
 from cvx_deploy.families.cogvideox.models import SchedulerKind
+from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker, check_cache
 from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
@@ -48,6 +49,11 @@ class RunRequest:
         prompt_embeds: What the text encoder would say of each prompt, float32 (prompts, S, D), in the place of
             `prompts`; `negative_prompt_embeds` likewise of the negative prompts.
         latents_only: Whether the run ends with the finished latents.
+        cache: Which steps are forecast rather than run: by a mask known before the first step, as their outputs go, or
+            as a policy of one's own says (see `pipeline.policy`); None runs all.
+        cache_speedup: How many times less often a fixed cache runs the transformer; None for the default.
+        cache_tolerance: How far an adaptive cache lets forecasts stray, a share of the output; None for the default.
+        fast: Whether to forecast as much as docs/step-cache.md has found safe.
     """
 
     prompts: tuple[str, ...]
@@ -71,6 +77,10 @@ class RunRequest:
     prompt_embeds: Pixels | None = None
     negative_prompt_embeds: Pixels | None = None
     latents_only: bool = False
+    cache: CacheMode | PolicyMaker | None = None
+    cache_speedup: float | None = None
+    cache_tolerance: float | None = None
+    fast: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts and self.from_latents is None and self.prompt_embeds is None:
@@ -89,6 +99,7 @@ class RunRequest:
         for index in (0, max(self.num_videos * len(self.prompts), 1) - 1):
             check_seed(self.seed + index)
         check_combination(self.given)
+        check_cache(self)
         if self.save_latents is not None and self.save_latents.suffix != ".npy":
             raise OutputError(f"{self.save_latents} is not a .npy file", fix="use --save-latents FILE.npy")
         if self.contact_sheet is not None and self.contact_sheet.suffix != ".png":

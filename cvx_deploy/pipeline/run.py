@@ -6,7 +6,6 @@ Each stage loads its networks, works for every video, and lets go of them before
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -26,14 +25,16 @@ from cvx_deploy.media.encoders import VideoFormat
 from cvx_deploy.media.read import load_image, load_video
 from cvx_deploy.media.write import check_file_place, check_writable, open_writer
 from cvx_deploy.pipeline import vae
+from cvx_deploy.pipeline.caching import policy_for
+from cvx_deploy.pipeline.denoising import Videos
 from cvx_deploy.pipeline.devices import share_out
-from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
+from cvx_deploy.pipeline.events import Denoised, Event, Frames
 from cvx_deploy.pipeline.noise import Generator as NoiseGenerator
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.prompts import embed
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed, texts
-from cvx_deploy.pipeline.sampler import Conditions, Latents, denoise, modulation_of
+from cvx_deploy.pipeline.sampler import Latents, modulation_of
 from cvx_deploy.pipeline.schedulers import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.pipeline.shapes import latent_shape, latents_header, padding
 from cvx_deploy.progress import Progress, SilentProgress
@@ -180,6 +181,7 @@ def _denoised(
     report.seeds = request.seeds
     generators = [NoiseGenerator(seed) for seed in report.seeds]
     schedulers = [_scheduler(manifest, request) for _ in generators]
+    policies = [policy_for(request, scheduler) for scheduler in schedulers]
     source = _source_pixels(backend.bundle.shape, request, progress)
     with report.stage("text encoder"):
         prompt_embeds = _prompt_embeds(backend, request, prompt_cache, progress, report)
@@ -188,34 +190,15 @@ def _denoised(
     with report.stage("modulation"):
         modulation = modulation_of(backend, schedulers[0])
     with report.stage("transformer"):
-        finished: dict[int, Latents] = {}
-        guided = request.is_guided
+        videos = Videos(backend.bundle, request, schedulers, policies, generators, prompt_embeds, encoded, modulation)
         steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
-
-        def work(device: Backend, videos: Sequence[int]) -> Generator[Event, None, None]:
-            with device.load("transformer", {"batch": 2 if guided else 1}) as session:
-                for index in videos:
-                    scheduler, generator = schedulers[index], generators[index]
-                    latents, image_latents = _start(
-                        backend.bundle, scheduler, generator, encoded[index], request, index
-                    )
-                    conditions = Conditions(
-                        modulation,
-                        prompt_embeds[index // request.num_videos],
-                        request.guidance_scale,
-                        request.dynamic_cfg,
-                        image_latents,
-                    )
-                    count = len(scheduler.timesteps) - scheduler.start
-                    for step in denoise(device, session, scheduler, latents, conditions, generator):
-                        latents = step.latents
-                        advance(1)
-                        yield Step(index, step.index - scheduler.start, count, step.timestep, latents)
-                    finished[index] = latents[:, padding(backend.bundle) :]
-
-        with progress.task("denoise", steps) as advance:
-            yield from share_out((backend, *others), len(generators), work)
-    return np.concatenate([finished[index] for index in range(len(generators))])
+        shared = share_out((backend, *others), len(generators), videos.denoised)
+        with progress.task("denoise", steps) as advance, closing(shared):
+            for step in shared:
+                advance(1)
+                yield step
+    report.steps = videos.taken
+    return np.concatenate([videos.finished[index] for index in range(len(generators))])
 
 
 def _video_count(request: RunRequest) -> int:
@@ -340,39 +323,6 @@ def _encoded(
     with progress.task("encode " + ("video" if request.image is None else "image"), chunks) as advance:
         posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance)
     return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
-
-
-def _start(
-    bundle: Bundle,
-    scheduler: Scheduler,
-    generator: NoiseGenerator,
-    encoded: Latents | None,
-    request: RunRequest,
-    index: int,
-) -> tuple[Latents, Latents | None]:
-    """Return the latents that denoising starts from, and the image latents that go along with them."""
-    facts = bundle.manifest.vae
-    scale = np.float32(facts.scaling_factor)
-    shape = latent_shape(bundle)
-    noise = generator.randn if request.latents is None else partial(_given_noise, request.latents[index][None])
-    if encoded is None:
-        return noise(shape), None
-    if request.video is not None:
-        return scheduler.add_noise(scale * encoded, generator.randn(shape), scheduler.start), None
-    image_latents = np.zeros(shape, np.float32)
-    # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
-    image_latents[:, :1] = encoded * (1 / scale if facts.invert_scale_latents else scale)
-    return noise(shape), image_latents
-
-
-def _given_noise(latents: Latents, shape: tuple[int, ...]) -> Latents:
-    """Return noise that was given in place of drawn noise, as diffusers takes its ``latents``."""
-    if latents.shape != shape:
-        raise ShapeError(
-            f"the noise for a video has the shape {latents.shape[1:]}, not {shape[1:]} (F, C, H, W)",
-            fix="give latents of that shape for every video",
-        )
-    return np.array(latents, np.float32)
 
 
 def _decoded(

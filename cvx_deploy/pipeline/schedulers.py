@@ -12,7 +12,7 @@ a step starts from; ``alpha_prev`` is the same at the timestep it goes to.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,11 +185,14 @@ class Scheduler(ABC):
 
     Attributes:
         timesteps: The training timestep of every step, descending, int64.
+        draws_noise: Whether steps add noise that they draw.
 
     Raises:
         CvxError: The schedule has no such number of steps, or no such `start`.
         CheckpointError: The model predicts noise, but the first step is at pure noise, where that says nothing.
     """
+
+    draws_noise: ClassVar[bool] = False
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int, start: int = 0) -> None:
         self.timesteps = timesteps_for(config, num_inference_steps)
@@ -225,7 +228,7 @@ class Scheduler(ABC):
         noisy: Latents = np.sqrt(alpha) * original + np.sqrt(1 - alpha) * noise
         return noisy
 
-    def _predict_original(self, index: int, model_output: Latents, latents: Latents) -> Latents:
+    def original(self, index: int, model_output: Latents, latents: Latents) -> Latents:
         """Say what clean latents the model's output stands for (equation 12 of arXiv 2010.02502)."""
         signal, noise = self._signal[index], self._noise[index]
         if self._prediction_type == "v_prediction":
@@ -235,6 +238,17 @@ class Scheduler(ABC):
         else:
             original = model_output
         return original
+
+    def output_of(self, index: int, original: Latents, latents: Latents) -> Latents:
+        """Say what output of the model stands for clean latents: the inverse of `original`."""
+        signal, noise = self._signal[index], self._noise[index]
+        if self._prediction_type == "v_prediction":
+            output: Latents = np.divide(signal * latents - original, noise)
+        elif self._prediction_type == "epsilon":
+            output = np.divide(latents - signal * original, noise)
+        else:
+            output = original
+        return output
 
 
 class DDIMScheduler(Scheduler):
@@ -248,7 +262,7 @@ class DDIMScheduler(Scheduler):
 
     def step(self, index: int, model_output: Latents, latents: Latents, generator: Generator) -> Latents:
         """Take the step at position `index` of `timesteps`; `generator` is left as it is."""
-        original = self._predict_original(index, model_output, latents)
+        original = self.original(index, model_output, latents)
         following: Latents = self._keep[index] * latents + self._pull[index] * original
         return following
 
@@ -259,6 +273,8 @@ class DPMScheduler(Scheduler):
     It draws noise of the latents' shape once in a step that does not look back and twice in one that does, as diffusers
     does, which draws for a first-order result before it makes the second-order one.
     """
+
+    draws_noise = True
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int, start: int = 0) -> None:
         super().__init__(config, num_inference_steps, start)
@@ -277,7 +293,7 @@ class DPMScheduler(Scheduler):
 
     def step(self, index: int, model_output: Latents, latents: Latents, generator: Generator) -> Latents:
         """Take the step at position `index` of `timesteps`, drawing once or twice from `generator`."""
-        original = self._predict_original(index, model_output, latents)
+        original = self.original(index, model_output, latents)
         before = self._previous_original if index > self.start else None
         self._previous_original = original
         noise = generator.randn(latents.shape)
