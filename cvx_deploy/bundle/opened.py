@@ -6,16 +6,16 @@ the checkpoint it was exported from. ONNX files name their weights by that table
 
 import hashlib
 import os
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cvx_deploy.bundle.command import export_command
+from cvx_deploy.bundle.hashes import known_sha256
 from cvx_deploy.bundle.schema import AGAIN, Manifest, Network, StoredFile, WeightFile, leads_outside, manifest_from_json
 from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.files import sha256_of
-from cvx_deploy.miniatures import is_packaged
-from cvx_deploy.progress import Progress
+from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.reading import read_whole
 from cvx_deploy.shape import Shape
 
@@ -69,7 +69,7 @@ class Bundle:
         """Raise BundleError unless a file of the bundle is there, inside, with its size and hash."""
         path = self.inside(stored.path)
         _check_size(path, stored.size, self.remedy)
-        if sha256_of(path) != stored.sha256:
+        if known_sha256(path, SilentProgress()) != stored.sha256:
             raise BundleError(
                 f"{path} was altered, or belongs to another bundle (its SHA-256 differs)", fix=self.remedy
             )
@@ -110,27 +110,7 @@ class Bundle:
 
     def export_command(self, shapes: Iterable[Shape]) -> str:
         """Return the command that makes this bundle, at these shapes."""
-        manifest = self.manifest
-        options = [
-            ("model", manifest.model),
-            *((name, manifest.provenance[name]) for name in ("revision", "variant") if name in manifest.provenance),
-            *(("shape", shape) for shape in shapes),
-            ("precision", manifest.precision),
-        ]
-        if not is_packaged(self.path):  # whose checkpoint is known by its name, and which nothing may write to
-            options.append(("checkpoint", manifest.provenance.get("source", manifest.checkpoint)))
-            options.append(("output", self.path))
-        if manifest.transformer is not None:
-            options.append(("transformer", manifest.transformer))
-        options += _quantizing(manifest.networks.values())
-        options += [("lora", f"{lora.path}:{lora.scale!r}") for lora in manifest.loras]
-        words = [word for name, value in options for word in (f"--{name}", str(value))]
-        copied = all(entry.in_bundle for entry in manifest.weights.values())
-        attention = any(
-            network.quantization and network.quantization.attention for network in self.manifest.networks.values()
-        )
-        flags = {"--copy-weights": copied, "--quantize-attention": attention}
-        return shlex.join(["cvx-deploy", "export", *words, *(flag for flag, is_set in flags.items() if is_set)])
+        return export_command(self.path, self.manifest, shapes)
 
     def inside(self, relative: str) -> Path:
         """Return the absolute path of a file of the bundle, refusing one that leaves it."""
@@ -163,19 +143,21 @@ class Bundle:
     def weight_path(self, name: str, progress: Progress) -> Path:
         """Return where a weight file lies, after making sure that it is the one the bundle was made from.
 
-        A file whose time stamp changed since it was hashed is hashed again.
+        A file whose time stamp is not the one it was hashed at is hashed again, once on a machine; see `bundle.hashes`.
         """
         path = self.locate_weight(name)
         if path.stat().st_mtime_ns != self.manifest.weights[name].mtime_ns:
-            self.check_weight(name, progress)
+            self._compare(name, path, known_sha256(path, progress))
         return path
 
     def check_weight(self, name: str, progress: Progress) -> None:
         """Hash a weight file, whatever its time stamp, and raise BundleError when it was altered."""
         path, entry = self.locate_weight(name), self.manifest.weights[name]
         with progress.task(f"check {path.name}", entry.size) as advance:
-            found = sha256_of(path, advance)
-        if found != entry.sha256:
+            self._compare(name, path, sha256_of(path, advance))
+
+    def _compare(self, name: str, path: Path, found: str) -> None:
+        if found != self.manifest.weights[name].sha256:
             raise BundleError(
                 f"{path} was altered since the bundle {self.path} was made", fix=self._weight_remedy(name)
             )
@@ -214,15 +196,6 @@ class Bundle:
         place = str(checkpoint.absolute())
         kept = {key: value for key, value in self.manifest.provenance.items() if key != "revision"}
         return replace(self, manifest=replace(self.manifest, checkpoint=place, provenance=kept | {"source": place}))
-
-
-def _quantizing(networks: Iterable[Network]) -> list[tuple[str, object]]:
-    """Return the options of an export that say how networks were quantized, besides the precision."""
-    found = [network.quantization for network in networks if network.quantization is not None]
-    tables = {quantization.calibration[0] for quantization in found if quantization.calibration is not None}
-    excluded = dict.fromkeys(place for quantization in found for place in quantization.excluded)
-    places = [*excluded] or (["none"] if found else [])  # said, since the default depends on the model
-    return [*(("calibration", table) for table in tables), *(("exclude", place) for place in places)]
 
 
 def may_replace(output: Path) -> bool:

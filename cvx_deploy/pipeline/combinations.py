@@ -31,10 +31,16 @@ MEANINGLESS_BESIDE = (
         "the latents are finished, and only decoded",
     ),
     Rule("image", ("video",), "a video starts from one of them"),
+    Rule("latents", ("video",), "both say where to start"),
+    Rule("prompt_embeds", ("prompts",), "the embeddings are what a prompt is made into"),
+    Rule("each_seed", ("seed",), "every video has a seed of its own"),
 )
 """Beside `option`, each of `beside` would be ignored."""
 
-MEANINGLESS_WITHOUT = (Rule("strength", ("video",), "it says how much of a video is remade"),)
+MEANINGLESS_WITHOUT = (
+    Rule("strength", ("video",), "it says how much of a video is remade"),
+    Rule("negative_prompt_embeds", ("prompt_embeds",), "they are a pair"),
+)
 """Unless one of `beside` is given, `option` would be ignored."""
 
 

@@ -105,12 +105,8 @@ class RunRequest:
             raise CvxError(
                 f"latents of {len(self.latents)} videos, and {self.video_count} are asked for", fix="give all of them"
             )
-        if self.latents is not None and self.video is not None:
-            raise CvxError("latents and a video are given, which both say where to start", fix="give one of them")
-        negative = self.negative_prompt_embeds
-        if negative is not None and self.prompt_embeds is None:
-            raise PromptError("negative_prompt_embeds are given without prompt_embeds", fix="give both")
-        for name, embeds in (("prompt_embeds", self.prompt_embeds), ("negative_prompt_embeds", negative)):
+        given = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
+        for name, embeds in given.items():
             if embeds is not None and (embeds.ndim != 3 or len(embeds) != self.prompt_count):
                 raise PromptError(
                     f"{name} have the shape {embeds.shape}, not (prompts, tokens, channels)", fix="give one a prompt"
@@ -139,8 +135,13 @@ class RunRequest:
     @property
     def given(self) -> set[str]:
         """The names of the fields that are not as they are by default."""
-        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        changed = {field.name for field in fields(self) if _differs(getattr(self, field.name), field.default)}
         return changed - (set() if self.prompts else {"prompts"})
+
+
+def _differs(value: object, default: object) -> bool:
+    """Whether a field is not as it is by default; no default is an array, and arrays do not compare as one value."""
+    return isinstance(value, np.ndarray) or value != default
 
 
 def networks_needed(

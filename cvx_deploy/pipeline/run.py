@@ -246,6 +246,15 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
         )
     if request.video is not None and not backend.bundle.has("vae_encoder"):
         _refuse_video(backend.bundle)
+    taken = {spec.name: spec.shape for spec in backend.bundle.network("transformer").inputs}["encoder_hidden_states"][
+        1:
+    ]
+    for embeds in (request.prompt_embeds, request.negative_prompt_embeds):
+        if embeds is not None and embeds.shape[1:] != taken:
+            raise PromptError(
+                f"embeddings of a prompt have the shape {embeds.shape[1:]}, not {taken} (tokens, channels)",
+                fix=f"make them with the text encoder of {manifest.model}",
+            )
 
 
 def _refuse_video(bundle: Bundle) -> NoReturn:
@@ -328,7 +337,7 @@ def _encoded(
     chunks = vae.count_chunks(backend, half, pixels.shape[2])
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
-    with progress.task("encode " + ("image" if request.image else "video"), chunks) as advance:
+    with progress.task("encode " + ("video" if request.image is None else "image"), chunks) as advance:
         posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance)
     return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
 
