@@ -304,8 +304,9 @@ def refused_run(bundle: Path, root: Path, *words: object, output: str | None = N
     """Run over an earlier video and into a new folder, see that all is as it was, and return the error."""
     (root / "earlier.npy").write_text("an earlier video")
     before = content(root)
+    few = () if "--from-latents" in words else ("--steps", "1")
     lines = [
-        cvx("run", "--bundle", bundle, "--output", place, "--steps", "1", "--threads", "1", *words).failure()
+        cvx("run", "--bundle", bundle, "--output", place, *few, "--threads", "1", *words).failure()
         for place in ([output] if output else [root / "earlier.npy", root / "new" / "video.mp4"])
     ]
     assert len(set(lines)) == 1
@@ -469,10 +470,22 @@ def test_a_checkpoint_that_is_not_the_bundles_is_one_clear_line(whole: Path, tin
         (["--guidance-scale", "nan"], "guidance scale nan. fix: use --guidance-scale 6, or 1 for no guidance."),
         (["--guidance-scale", "inf"], "guidance scale inf. fix: use --guidance-scale 6, or 1 for no guidance."),
         (["--guidance-scale", "-1"], "guidance scale -1.0. fix: use --guidance-scale 6, or 1 for no guidance."),
-        (["--strength", "0"], "strength 0.0 is not above 0 and at most 1. fix: use --strength 0.8."),
-        (["--strength", "nan"], "strength nan is not above 0 and at most 1. fix: use --strength 0.8."),
-        (["--strength", "-0.5"], "strength -0.5 is not above 0 and at most 1. fix: use --strength 0.8."),
-        (["--strength", "1.01"], "strength 1.01 is not above 0 and at most 1. fix: use --strength 0.8."),
+        (
+            ["--video", "clip.mp4", "--strength", "0"],
+            "strength 0.0 is not above 0 and at most 1. fix: use --strength 0.8.",
+        ),
+        (
+            ["--video", "clip.mp4", "--strength", "nan"],
+            "strength nan is not above 0 and at most 1. fix: use --strength 0.8.",
+        ),
+        (
+            ["--video", "clip.mp4", "--strength", "-0.5"],
+            "strength -0.5 is not above 0 and at most 1. fix: use --strength 0.8.",
+        ),
+        (
+            ["--video", "clip.mp4", "--strength", "1.01"],
+            "strength 1.01 is not above 0 and at most 1. fix: use --strength 0.8.",
+        ),
         (["--num-videos", "0"], "0 videos a prompt. fix: use --num-videos 1 or more."),
         (["--num-videos", "-2"], "-2 videos a prompt. fix: use --num-videos 1 or more."),
         (["--seed", str(2**64)], f"seed {2**64} is not an integer of 64 bits. fix: use one from 0 to 4294967295."),
@@ -663,7 +676,7 @@ def test_a_prompt_that_is_too_long_is_a_warning_that_names_what_was_cut(whole: P
     words = ["--prompt", "circle " * 224 + "and a blue star", "--steps", "1", "--seed", "-5", "--threads", "1"]
     outcome = cvx("run", "--bundle", whole, *words, "--output", tmp_path / "video.npy", "--json")
     assert outcome.code == 0
-    warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in outcome.err.splitlines() if line.startswith("note: the prompt")]
     assert len(warnings) == 1
     assert warnings[0].startswith("note: the prompt is longer than 226 tokens; this part was cut: ")
     assert warnings[0].endswith("blue star")

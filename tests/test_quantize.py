@@ -70,7 +70,7 @@ def test_a_calibration_prints_its_table_and_says_how_it_came_to_be(tiny: Tiny, t
 def test_show_prints_one_table_and_compares_two(tiny: Tiny, table: Path, tmp_path: Path) -> None:
     assert "2 prompts at 9x80x112, steps 1 of 1, guidance scale 6, seed 0" in cvx("quantize", "--show", table).out
     told = only_object(cvx("quantize", "--show", table, "--json"))
-    assert told["places"][PLACE][0] > 0
+    assert told["places"][PLACE] > 0
     other = tmp_path / "other"
     assert quantize(tiny, *SMALL, "--seed", "5", "--output", other).code == 0
     compared = ("quantize", "--show", table, "--show", other)

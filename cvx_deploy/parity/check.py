@@ -312,7 +312,7 @@ class _Climb:
             output,
             image=wish.image,
             video=wish.video,
-            strength=wish.strength,
+            **({} if wish.video is None else {"strength": wish.strength}),
             steps=wish.steps,
             seed=wish.seed,
             save_latents=kept,

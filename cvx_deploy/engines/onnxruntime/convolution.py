@@ -6,8 +6,9 @@ import numpy as np
 import onnxruntime
 
 from cvx_deploy.errors import EngineError
+from cvx_deploy.install import pip_install
 
-_CUDNN = 'pip install "cvx-deploy[gpu]", which brings cuDNN along, or put its folder into LD_LIBRARY_PATH'
+_CUDNN = f"{pip_install('gpu')}, which brings cuDNN along, or put its folder into LD_LIBRARY_PATH"
 _AGAIN = "pip install --force-reinstall onnxruntime"
 
 

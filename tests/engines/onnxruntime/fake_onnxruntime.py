@@ -108,6 +108,9 @@ class _Value:
         cls.runtime.happened("upload", value=id(value))
         return value
 
+    def data_type(self) -> str:
+        return str(self.real.data_type())
+
     def numpy(self) -> NDArray[Any]:
         self.runtime.happened("download", value=id(self))
         return np.array(self.real.numpy())

@@ -4,6 +4,7 @@ import ctypes
 import enum
 import json
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,6 +159,7 @@ def fake_library(refitter: type[Refitter] = Refitter, kind: EngineKind = "tensor
     module.ILogger, module.IStreamReaderV2, module.SeekPosition = _Logger, _Reader, _SeekPosition
     module.Runtime, module.Refitter, module.Weights = _Runtime, refitter, _Weights
     module.DataType, module.SerializationFlag = _Type, _Flag
+    module.ComputeCapability = IntEnum("ComputeCapability", {"SM80": 80, "SM89": 89, "SM120": 120})
     return Library(kind, module, VERSION)
 
 

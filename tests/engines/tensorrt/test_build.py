@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.schema import StoredFile
 from cvx_deploy.engines.tensorrt.build import BuildRequest, Outcome, build, jobs
 from cvx_deploy.engines.tensorrt.compile import BuildSettings, compiled_plans, timing_cache, timing_cache_path
 from cvx_deploy.engines.tensorrt.gate import facts_from_graph, judge
@@ -26,6 +27,7 @@ from cvx_deploy.engines.tensorrt.memory import build_memory
 from cvx_deploy.engines.tensorrt.store import EngineStore, Platform
 from cvx_deploy.errors import BundleError, EngineError, OutputError
 from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.files import sha256_of
 from cvx_deploy.pipeline.vae import decode
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.shape import Shape
@@ -224,6 +226,10 @@ def test_a_network_that_the_parser_refuses_names_its_node(own: Callable[..., Bun
     node.op_type, node.domain = "Softmux", "made.up"
     model.opset_import.append(onnx.helper.make_opsetid("made.up", 1))
     path.write_bytes(model.SerializeToString())
+    network = bundle.network("text_encoder")
+    altered = replace(network, file=StoredFile(path.name, path.stat().st_size, sha256_of(path)))
+    networks = {**bundle.manifest.networks, bundle.network_name("text_encoder"): altered}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, networks=networks))
     with pytest.raises(EngineError, match=f"refuses node {node.name} \\(Softmux\\) of text_encoder: "):
         built(library, bundle, replace(REQUEST, networks=("text_encoder",)))
 

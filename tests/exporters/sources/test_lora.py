@@ -320,7 +320,7 @@ def test_configs_that_make_no_sense_are_refused(tiny: Tiny, tmp_path: Path) -> N
         (json.dumps({"transformer.rank_pattern": ["to_q"]}), "rank_pattern in its LoRA config is no table of patt"),
         (json.dumps({"transformer.alpha_pattern": {"(": 1}}), r"has '\(', which is no pattern: "),
         (json.dumps({"transformer.alpha_pattern": {"to_q": [1]}}), r"alpha of .* is \[1\]"),
-        (json.dumps({"transformer.lora_alpha": 10**400}), r"alpha of .* is 1000"),
+        (json.dumps({"transformer.lora_alpha": 10**400}), "a number of more than 64 bits"),
         ("[" * 100_000, "is damaged"),
         ("3", "is damaged"),
     ):
