@@ -10,7 +10,19 @@ from tests.conftest import ROOT
 
 ROOMS = (
     *("errors", "install", "terminal", "progress", "reading", "precision", "bounds", "shape", "files", "miniatures"),
-    *("families", "bundle", "measure", "graph", "quantize", "engines", "media", "pipeline", "exporters", "parity"),
+    *(
+        "families",
+        "bundle",
+        "measure",
+        "graph",
+        "quantize",
+        "engines",
+        "media",
+        "pipeline",
+        "exporters",
+        "diffusers",
+        "parity",
+    ),
     *("bench", "estimate", "doctor", "testing", "pytest_plugin", "cli", "__main__"),
 )
 """From the ground up: a room imports from those before it only. Folders of the package, and its single files."""

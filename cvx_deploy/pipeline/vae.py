@@ -50,10 +50,14 @@ def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> 
         tiled: Whether to work tile by tile.
         advance: Called with 1 after every chunk.
     """
-    half = encoder(backend.bundle.manifest.vae)
-    pieces = _tiled(backend, half, pixels, advance) if tiled else _chunks(backend, half, pixels, advance)
-    mean, log_variance = np.split(np.concatenate(list(pieces), axis=2), 2, axis=1)
+    mean, log_variance = np.split(moments(backend, pixels, tiled=tiled, advance=advance), 2, axis=1)
     return Posterior(mean, np.exp(0.5 * np.clip(log_variance, -30.0, 20.0)))
+
+
+def moments(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Clip:
+    """Return what the encoder puts out for a clip: means, then logarithms of variances, (1, 2 C, f, h, w)."""
+    half = encoder(backend.bundle.manifest.vae)
+    return np.concatenate(list((_tiled if tiled else _chunks)(backend, half, pixels, advance)), axis=2)
 
 
 def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) -> Steps[Clip, None, None]:

@@ -1,0 +1,1 @@
+"""Engines in the place of the networks of a diffusers pipeline."""
