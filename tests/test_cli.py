@@ -386,6 +386,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
         "videos": [f"{tmp_path}/two.npy"],
         "seeds": [0],
         "cached_prompts": 0,
+        "steps": [],
         "shape": "9x80x112",
         "engine": "onnxruntime",
         "precision": "fp32",

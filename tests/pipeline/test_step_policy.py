@@ -19,6 +19,7 @@ from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.measure.difference import psnr
 from cvx_deploy.measure.thresholds import FORECAST_PSNR
 from cvx_deploy.miniatures import miniature
+from cvx_deploy.pipeline.caching import policy_for
 from cvx_deploy.pipeline.events import Step
 from cvx_deploy.pipeline.forecast import Forecast, Forecaster
 from cvx_deploy.pipeline.noise import Generator
@@ -233,6 +234,20 @@ def test_a_fast_video_is_close_to_the_full_run(kind: SchedulerKind) -> None:
     video = pipeline()(PROMPT, scheduler=kind, seed=3, fast=True)
     assert psnr(video.frames[0], full(kind)) > FORECAST_PSNR[kind]
     assert len(video.report.steps[0].run) == 25
+
+
+@pytest.mark.parametrize(
+    ("kind", "guidance", "order"), [("ddim", 2.0, 1), ("ddim", 6.0, 1), ("dpm", 2.0, 1), ("dpm", 6.0, 0)]
+)
+def test_no_trend_is_followed_where_guidance_would_multiply_drawn_noise(
+    kind: SchedulerKind, guidance: float, order: Any
+) -> None:
+    scheduler = make_scheduler(kind, SchedulerConfig(prediction_type="sample", timestep_spacing="trailing"), 20)
+    for how in ({"fast": True}, {"cache": "adaptive"}):
+        request: Any = RunRequest((PROMPT,), guidance_scale=guidance, **how)
+        policy = policy_for(request, scheduler)
+        assert policy is not None
+        assert policy.forecast == Forecast("x0", order)
 
 
 @pytest.mark.parametrize("kind", KINDS)
