@@ -604,13 +604,13 @@ def save_zip(path: Path) -> None:
 
 
 BAD_LATENTS: dict[str, tuple[Damage, str]] = {
-    "missing": (lambda path: None, "holds no latents: [Errno 2] No such file"),
-    "a folder": (Path.mkdir, "holds no latents: [Errno 21] Is a directory"),
+    "missing": (lambda path: None, "cannot be read: No such file"),
+    "a folder": (Path.mkdir, "is a folder, not a file"),
     "empty": (Path.touch, "holds no latents: "),
     "text": (lambda path: path.write_text("latents"), "holds no latents: "),
     "a pickle": (lambda path: np.save(path, np.array([{}], object)), "holds no latents: "),
-    "an archive": (save_zip, "holds no latents: it is an archive or a single number"),
-    "a number": (lambda path: np.save(path, np.float32(1)), "holds no latents: it is an archive or a single number"),
+    "an archive": (save_zip, "holds no latents: the magic string is not correct"),
+    "a number": (lambda path: np.save(path, np.float32(1)), "holds no latents: it is of shape ()"),
     "truncated": (in_turn(lambda path: np.save(path, np.zeros((1, *LATENTS), np.float32)), cut), "holds no latents: "),
     "another shape": (
         lambda path: np.save(path, np.zeros((1, 3, 16, 10, 15), np.float32)),
@@ -618,7 +618,10 @@ BAD_LATENTS: dict[str, tuple[Damage, str]] = {
     ),
     "other channels": (lambda path: np.save(path, np.zeros((1, 3, 8, 10, 14), np.float32)), "not float32 (videos, 3, "),
     "another type": (lambda path: np.save(path, np.zeros((1, *LATENTS))), "holds float64 of shape (1, 3, 16, 10, 14)"),
-    "no videos": (lambda path: np.save(path, np.zeros((0, *LATENTS), np.float32)), "holds float32 of shape (0, 3, "),
+    "no videos": (
+        lambda path: np.save(path, np.zeros((0, *LATENTS), np.float32)),
+        "holds no latents: it is of shape (0, 3, ",
+    ),
     "not numbers": (lambda path: np.save(path, np.full((1, *LATENTS), np.nan, np.float32)), "not finite numbers"),
 }
 

@@ -312,7 +312,7 @@ class _Climb:
             output,
             image=wish.image,
             video=wish.video,
-            **({} if wish.video is None else {"strength": wish.strength}),
+            strength=RunRequest.strength if wish.video is None else wish.strength,
             steps=wish.steps,
             seed=wish.seed,
             save_latents=kept,

@@ -54,7 +54,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [('{"schema_version": 99}', "schema version 99"), ("{}", "schema version None"), ("[", "does not hold")],
+    [('{"schema_version": 99}', "schema version 99"), ("{}", "schema version None"), ("[", "is damaged")],
 )
 def test_what_is_no_result_is_refused(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / "bench.json").write_text(text)

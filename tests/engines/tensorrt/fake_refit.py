@@ -153,13 +153,17 @@ class ForgetfulRefitter(Refitter):
         return name.endswith("to_k.weight") or super().set_named_weights(name, weights)
 
 
+class _Capability(IntEnum):
+    SM80, SM89, SM120 = 80, 89, 120
+
+
 def fake_library(refitter: type[Refitter] = Refitter, kind: EngineKind = "tensorrt-rtx") -> Library:
     """Return a library that loads, refits and writes such engines."""
     module: Any = ModuleType("fake_tensorrt")
     module.ILogger, module.IStreamReaderV2, module.SeekPosition = _Logger, _Reader, _SeekPosition
     module.Runtime, module.Refitter, module.Weights = _Runtime, refitter, _Weights
     module.DataType, module.SerializationFlag = _Type, _Flag
-    module.ComputeCapability = IntEnum("ComputeCapability", {"SM80": 80, "SM89": 89, "SM120": 120})
+    module.ComputeCapability = _Capability
     return Library(kind, module, VERSION)
 
 
