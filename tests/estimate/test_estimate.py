@@ -12,7 +12,7 @@ import pytest
 from cvx_deploy.engines.gpus import gpu_named
 from cvx_deploy.errors import ShapeError
 from cvx_deploy.estimate.estimate import plan
-from cvx_deploy.estimate.memory import PRECISIONS
+from cvx_deploy.estimate.memory import PRECISIONS, PrecisionName
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.shape import Shape
 from tests.command import cvx
@@ -36,12 +36,13 @@ def test_every_model_has_a_plan_for_every_precision(name: str, tmp_path: Path) -
 
 
 def test_what_fits_is_the_plainest_way_that_does() -> None:
-    for precision, gigabytes, expected in (
+    cases: tuple[tuple[PrecisionName, int, str | None], ...] = (
         ("bf16", 80, "all resident"),
         ("bf16", 20, "one stage at a time"),
         ("int8", 11, "one stage at a time, VAE tiled"),
         ("bf16", 8, None),
-    ):
+    )
+    for precision, gigabytes, expected in cases:
         options = {option.precision: option for option in plan(MODELS["5b"], SHAPE).options}
         assert options[precision].residency(gigabytes * 10**9) == expected
 
