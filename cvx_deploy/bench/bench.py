@@ -87,11 +87,11 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         processes = [stack.enter_context(PeerProcess(kind, work)) for kind in kinds]
         opened = [process.opened() for process in processes]
-        quality = _warm_up(processes, folder, advance)
+        firsts = _warm_up(processes, folder, advance)
         measured = _rounds(request, processes, folder, gpu, advance)
     peers = [
-        _peer(request, process, seconds, psnr, runs, checkpoint)
-        for process, seconds, psnr, runs in zip(processes, opened, quality, measured, strict=True)
+        _peer(request, process, seconds, first, runs, checkpoint)
+        for process, seconds, first, runs in zip(processes, opened, firsts, measured, strict=True)
     ]
     manifest, methods = (
         bundle.manifest,
@@ -107,18 +107,18 @@ _ENERGY = "NVML, of the whole GPU, over the run"
 _Measured = tuple[Trace, list[Sample], float | None]
 
 
-def _warm_up(processes: Sequence[PeerProcess], folder: Path, advance: Advance) -> list[float | None]:
-    """Make the video once with each peer, and return how near to the first peer's it is."""
-    quality: list[float | None] = []
+def _warm_up(processes: Sequence[PeerProcess], folder: Path, advance: Advance) -> list[tuple[float, float | None]]:
+    """Make the video once with each peer, and return the seconds, and how near to the first peer's it is."""
+    firsts: list[tuple[float, float | None]] = []
     for process in processes:
-        process.make(folder / f"{process.kind.name}.npy")
+        trace = process.make(folder / f"{process.kind.name}.npy")
         advance(1)
         names = (processes[0].kind.name, process.kind.name)
         reference, video = (np.load(folder / f"{name}.npy").astype(np.float64) for name in names)
         error = float(np.mean((reference - video) ** 2))
         psnr = min(-10 * np.log10(error), _IDENTICAL) if error else _IDENTICAL
-        quality.append(round(float(psnr), 2) if quality else None)
-    return quality
+        firsts.append((trace.end - trace.start, round(float(psnr), 2) if firsts else None))
+    return firsts
 
 
 def _rounds(
@@ -142,7 +142,7 @@ def _peer(
     request: BenchRequest,
     process: PeerProcess,
     opened: float,
-    psnr: float | None,
+    first: tuple[float, float | None],
     measured: list[_Measured],
     checkpoint: Path | None,
 ) -> Peer:
@@ -158,9 +158,10 @@ def _peer(
             for sample in _thinned(samples)
         ],
         stage_ends={span.stage: round(span.end - trace.start, 3) for span in trace.spans if span.stage != LOAD},
-        psnr=psnr,
+        psnr=first[1],
         build_seconds=build,
         sizes=sizes,
+        first_seconds=round(first[0], 4),
     )
 
 
@@ -191,7 +192,7 @@ def _thinned(samples: list[Sample], most: int = 300) -> list[Sample]:
 
 def _words(request: BenchRequest, process: PeerProcess) -> str:
     precision = request.bundle.manifest.precision
-    what = IN_WORDS.get(process.kind.name, "the bundle, a network loaded while its stage lasts")
+    what = IN_WORDS.get(process.kind.name, "the bundle, its networks loaded once and kept")
     return f"{precision}: {what}"
 
 

@@ -63,7 +63,7 @@ def tables(results: BenchResults) -> list[Table]:
 
 def summary(results: BenchResults) -> Table:
     """Return one row a peer, with the figures that decide."""
-    head = ["", "seconds a video", "speed-up", "videos an hour", "first frame", "step p50", "step p95"]
+    head = ["", "seconds a video, warm", "speed-up", "cold", "videos an hour", "first frame", "step p50", "step p95"]
     head += ["host peak", "private"]
     on_gpu = any(map(gpu_peak, results.peers))
     head += ["GPU peak", "energy"] if on_gpu else []
@@ -71,7 +71,7 @@ def summary(results: BenchResults) -> Table:
     for peer in results.peers:
         taken = [run.seconds for run in peer.runs]
         speed = "reference" if peer.name == results.reference else ratio(results.speedup(peer))
-        row = [peer.name, spread(taken), speed, f"{3600 / statistics.median(taken):,.0f}"]
+        row = [peer.name, spread(taken), speed, _time(peer.cold_seconds), f"{3600 / statistics.median(taken):,.0f}"]
         row += [_time(peer.median(lambda its: [run.first_frame for run in its.runs]))]
         row += [_time(peer.median(step_seconds(percent))) for percent in (50, 95)]
         row += [_size(peer.median(values)) for values in (resident_peak, private_peak)]
@@ -80,7 +80,10 @@ def summary(results: BenchResults) -> Table:
             row += [_size(peer.median(gpu_peak)), _NONE if used is None else f"{used:,.0f} J"]
         rows.append([*row, _NONE if peer.psnr is None else f"{peer.psnr:.1f} dB"])
     steps, runs = results.conditions["video"]["steps"], results.conditions["runs"]
-    note = f"{runs} interleaved rounds of {steps} steps after one that is not counted; medians, in brackets the range."
+    note = (
+        f"{runs} interleaved rounds of {steps} steps after one that is not counted; medians, in brackets the range. "
+        "Cold is from a process that runs to its first video, with all that is opened and loaded."
+    )
     return Table("A video", note, rows)
 
 

@@ -55,6 +55,7 @@ class Peer:
         psnr: Of its video against the reference's, in dB; None for the reference.
         build_seconds: What each of its engines took to build; empty where nothing is built.
         sizes: Bytes on disk of what it runs from.
+        first_seconds: Its first video, with what is loaded for it; None in results of earlier versions.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Peer:
     psnr: float | None
     build_seconds: dict[str, float]
     sizes: dict[str, int]
+    first_seconds: float | None = None
+
+    @property
+    def cold_seconds(self) -> float | None:
+        """From a process that runs to its first video: everything that is opened and loaded, once."""
+        return None if self.first_seconds is None else self.open_seconds + self.first_seconds
 
     def median(self, values: "Values") -> float | None:
         """Return the median of a figure over the runs; None where there is none."""

@@ -53,7 +53,7 @@ class GpuMeter:
             return None
         try:
             nvml.nvmlInit()
-            return cls(nvml, nvml.nvmlDeviceGetHandleByIndex(device))
+            return cls(nvml, _handle(nvml, device))
         except nvml.NVMLError:
             return None
 
@@ -84,6 +84,15 @@ class GpuMeter:
 def _own_processes(pid: int) -> set[int]:
     """Return a process, this one, and all that it has started."""
     return {pid, os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+
+
+def _handle(nvml: Any, device: int) -> Any:
+    """Return NVML's handle of a CUDA device: CUDA_VISIBLE_DEVICES numbers those that CUDA shows, NVML all there are."""
+    shown = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    named = shown[device] if device < len(shown) else str(device)
+    if named.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(named))
+    return nvml.nvmlDeviceGetHandleByUUID(named)
 
 
 class MemoryWatch:
@@ -128,6 +137,8 @@ class MemoryWatch:
                 self._take()
             except psutil.NoSuchProcess:
                 return
+            except (psutil.Error, OSError):  # a sample that fails is left out, and the watch goes on
+                continue
 
     def _take(self) -> None:
         before = None if self._gpu is None else self._gpu.method

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from cvx_deploy.bench.markdown import report
-from cvx_deploy.measure.memory import GpuMeter, MemoryWatch
+from cvx_deploy.measure.memory import GpuMeter, MemoryWatch, _handle
 from tests.bench.results import results
 
 
@@ -128,3 +130,18 @@ def test_report_shows_what_a_gpu_took() -> None:
     assert "| GPU peak | energy | PSNR |" in report(found)
     assert "| 3 GB | 120 J |" in report(found)
     assert "GPU peak" not in report(results())
+
+
+@pytest.mark.parametrize(
+    ("shown", "device", "asked"),
+    [("", 1, ("index", 1)), ("3,1", 1, ("index", 1)), ("3,1", 0, ("index", 3)), ("GPU-a, GPU-b", 1, ("uuid", "GPU-b"))],
+)
+def test_a_device_is_the_one_that_cuda_shows_under_its_number(
+    monkeypatch: pytest.MonkeyPatch, shown: str, device: int, asked: tuple[str, object]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    nvml = SimpleNamespace(
+        nvmlDeviceGetHandleByIndex=lambda number: ("index", number),
+        nvmlDeviceGetHandleByUUID=lambda name: ("uuid", name),
+    )
+    assert _handle(nvml, device) == asked
