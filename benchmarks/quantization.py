@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from skimage.metrics import structural_similarity
 from world import random_scenes
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.observe import ObservedBackend, Observer
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, shapes_of
 from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
@@ -79,43 +79,26 @@ class Outcome:
     seconds: float
 
 
-class Recorder:
-    """A backend that keeps what its networks take and put out."""
+class Recorder(Observer):
+    """Keeps what networks take and put out."""
 
     def __init__(self, backend: OrtBackend) -> None:
         self._backend = backend
-        self.bundle = backend.bundle
         self.kept: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
 
-    @contextmanager
-    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator["Recorder._Session"]:
-        """Load a network for the block."""
-        with self._backend.load(role, sizes) as session:
-            yield Recorder._Session(self, role, session)
+    def before(self, role: str, inputs: Mapping[str, Any]) -> None:
+        """Keep what a network is given."""
+        self.kept.setdefault(role, []).append((self._on_host(inputs), {}))
 
-    def to_device(self, array: NDArray[Any]) -> Any:
-        """Return the values as the backend holds them."""
-        return self._backend.to_device(array)
+    def after(self, role: str, outputs: Mapping[str, Any]) -> None:
+        """Keep what it has put out."""
+        self.kept[role][-1][1].update(self._on_host(outputs))
 
-    def to_host(self, tensor: Any) -> NDArray[Any]:
-        """Return the tensor's values."""
-        return self._backend.to_host(tensor)
-
-    class _Session:
-        def __init__(self, owner: "Recorder", role: str, session: Any) -> None:
-            self._owner, self._role, self._session = owner, role, session
-
-        def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-            """Run the network once, and keep its inputs and outputs."""
-            outputs = self._session.run(inputs)
-            host = self._owner.to_host
-            given = {
-                name: np.array(value if isinstance(value, np.ndarray) else host(value))
-                for name, value in inputs.items()
-            }
-            kept = self._owner.kept.setdefault(self._role, [])
-            kept.append((given, {name: np.array(host(value)) for name, value in outputs.items()}))
-            return dict(outputs)
+    def _on_host(self, tensors: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        host = self._backend.to_host
+        return {
+            name: np.array(value if isinstance(value, np.ndarray) else host(value)) for name, value in tensors.items()
+        }
 
 
 def bundle_of(precision: str, work: Path, progress: Progress) -> Bundle:
@@ -163,8 +146,9 @@ def recorded(bundle: Bundle, captions: list[str], steps: int, work: Path) -> lis
     """Make some of the videos again, and keep what the networks took and put out."""
     recorders = []
     for seed, caption in enumerate(captions[:_TRACED]):
-        recorder = Recorder(OrtBackend(bundle, reference=True))
-        run(recorder, RunRequest((caption,), work / "traced.npy", steps=steps, seed=seed))
+        backend = OrtBackend(bundle, reference=True)
+        recorder = Recorder(backend)
+        run(ObservedBackend(backend, recorder), RunRequest((caption,), work / "traced.npy", steps=steps, seed=seed))
         recorders.append(recorder)
     return recorders
 

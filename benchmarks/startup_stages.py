@@ -28,38 +28,11 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.add(name, time.monotonic() - start)
 
-
-class TimedBackend:
-    """A backend whose loads and runs are measured."""
-
-    def __init__(self, backend: Any, clock: Clock) -> None:
-        self.bundle, self.to_device, self.to_host = backend.bundle, backend.to_device, backend.to_host
-        self._backend, self._clock = backend, clock
-
-    @contextmanager
-    def load(self, role: str, sizes: Mapping[str, int]) -> Iterator["TimedSession"]:
-        """Load a network; see `Backend.load`."""
-        opened = self._backend.load(role, sizes)
-        with self._clock.measure(f"load {role}"):
-            session = opened.__enter__()
-        try:
-            yield TimedSession(session, self._clock, f"run {role}")
-        finally:
-            opened.__exit__(None, None, None)
-
-
-class TimedSession:
-    """A session whose runs are measured."""
-
-    def __init__(self, session: Any, clock: Clock, name: str) -> None:
-        self._session, self._clock, self._name = session, clock, name
-
-    def run(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the network once."""
-        with self._clock.measure(self._name):
-            return self._session.run(inputs)
+    def add(self, name: str, seconds: float) -> None:
+        """Add some seconds."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def main() -> None:
@@ -71,14 +44,28 @@ def main() -> None:
         from unittest import mock
 
         from cvx_deploy.bundle.opened import Bundle
+        from cvx_deploy.engines.observe import ObservedBackend, Observer
         from cvx_deploy.engines.onnxruntime.backend import OrtBackend
         from cvx_deploy.miniatures import miniature
         from cvx_deploy.pipeline import prompts
         from cvx_deploy.pipeline.request import RunRequest
         from cvx_deploy.pipeline.run import run
         from cvx_deploy.pipeline.tokenizer import Tokenizer
+
+    class Timed(Observer):
+        """Adds up the seconds of loads and runs."""
+
+        def loaded(self, role: str, start: float, end: float) -> None:
+            clock.add(f"load {role}", end - start)
+
+        def before(self, role: str, inputs: Mapping[str, Any]) -> None:
+            self.begun = time.monotonic()
+
+        def after(self, role: str, outputs: Mapping[str, Any]) -> None:
+            clock.add(f"run {role}", time.monotonic() - self.begun)
+
     with clock.measure("open and check the bundle"):
-        backend = OrtBackend(Bundle.open(miniature("mini")))
+        backend = OrtBackend(Bundle.open(miniature("mini")), residency="phase")
 
     def timed(*arguments: Any) -> Tokenizer:
         with clock.measure("tokenizer"):
@@ -86,7 +73,7 @@ def main() -> None:
 
     with mock.patch.object(prompts, "Tokenizer", timed):
         request = RunRequest(("a red circle moves to the right",), sys.argv[2])
-        report = run(TimedBackend(backend, clock), request)
+        report = run(ObservedBackend(backend, Timed()), request)
     clock.seconds["write video"] = report.stages["write video"]
     clock.seconds["the rest of the run"] = time.monotonic() - float(sys.argv[1]) - sum(clock.seconds.values())
     print(json.dumps(clock.seconds))
