@@ -37,7 +37,7 @@ State = Literal["ok", "note", "problem"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked at.
 
     Attributes:
@@ -61,10 +61,10 @@ class Finding:
 class Diagnosis:
     """Everything that was found."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Check, ...]
 
     @property
-    def problems(self) -> tuple[Finding, ...]:
+    def problems(self) -> tuple[Check, ...]:
         """What is in somebody's way."""
         return tuple(finding for finding in self.findings if finding.state == "problem")
 
@@ -86,7 +86,7 @@ def diagnose(engines_dir: Path) -> Diagnosis:
     findings = [
         *_versions(),
         *_machine(engines_dir),
-        *([Finding("note", "gpu", no_gpu.what, no_gpu.fix)] if no_gpu else map(_gpu_finding, gpus)),
+        *([Check("note", "gpu", no_gpu.what, no_gpu.fix)] if no_gpu else map(_gpu_finding, gpus)),
         *_engine_kinds(),
     ]
     here = [Platform.of(gpu) for gpu in gpus]
@@ -96,27 +96,27 @@ def diagnose(engines_dir: Path) -> Diagnosis:
     return Diagnosis(tuple(findings))
 
 
-def _versions() -> Iterator[Finding]:
-    yield Finding("ok", "cvx-deploy", __version__)
-    yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
+def _versions() -> Iterator[Check]:
+    yield Check("ok", "cvx-deploy", __version__)
+    yield Check("ok", "python", f"{platform.python_version()} on {platform.platform()}")
     for name in _PACKAGES:
         try:
-            yield Finding("ok", name, importlib.metadata.version(name))
+            yield Check("ok", name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
 
 
-def _machine(engines_dir: Path) -> Iterator[Finding]:
+def _machine(engines_dir: Path) -> Iterator[Check]:
     try:
         import psutil
 
         memory = psutil.virtual_memory()
-        yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
+        yield Check("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
     except ImportError:
-        yield Finding("note", "memory", "unknown without psutil", pip_install("tensorrt-rtx"))
+        yield Check("note", "memory", "unknown without psutil", pip_install("tensorrt-rtx"))
     free = free_space(engines_dir)
     enough = free >= _LEAST_DISK
-    yield Finding(
+    yield Check(
         "ok" if enough else "problem",
         "disk",
         f"{free / 1e9:.1f} GB free at {nearest_folder(engines_dir)}",
@@ -132,14 +132,14 @@ def _gpus() -> tuple[list[Gpu], EngineError | None]:
         return [], error
 
 
-def _gpu_finding(gpu: Gpu) -> Finding:
-    return Finding("ok", "gpu", f"{gpu.name}, {gpu.compute_capability}, {gpu.memory / 1e9:.1f} GB, driver {gpu.driver}")
+def _gpu_finding(gpu: Gpu) -> Check:
+    return Check("ok", "gpu", f"{gpu.name}, {gpu.compute_capability}, {gpu.memory / 1e9:.1f} GB, driver {gpu.driver}")
 
 
-def _engine_kinds() -> Iterator[Finding]:
+def _engine_kinds() -> Iterator[Check]:
     for spec in SPECS.values():
         probe = spec.probe()
-        yield Finding("ok" if probe.runs else "note", spec.name, probe.what, probe.fix)
+        yield Check("ok" if probe.runs else "note", spec.name, probe.what, probe.fix)
 
 
 def _library(kind: Any) -> Library | EngineError:
@@ -156,33 +156,33 @@ def _bundles(engines_dir: Path) -> Iterator[Path]:
     yield from (miniature(name) for name in MINIATURES if name not in {path.name for path in named})
 
 
-def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iterator[Finding]:
+def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iterator[Check]:
     subject = f"bundle {place.name}"
     try:
         bundle = Bundle.open(place)
         for name in bundle.manifest.weights:
             bundle.locate_weight(name)
     except CvxError as error:
-        yield Finding("problem", subject, error.what, error.fix)
+        yield Check("problem", subject, error.what, error.fix)
         return
     shapes = ", ".join(map(str, bundle.shapes))
-    yield Finding("ok", subject, f"{bundle.manifest.model}, {bundle.manifest.precision}, {shapes}, at {place}")
+    yield Check("ok", subject, f"{bundle.manifest.model}, {bundle.manifest.precision}, {shapes}, at {place}")
     if "bf16" in bundle.manifest.computes_in:
-        yield Finding(
+        yield Check(
             "note",
             subject,
             "ONNX Runtime has no bf16 on the CPU",
             "use --engine openvino, or export with --precision fp32",
         )
     if "int8" in bundle.manifest.multiplies_in and overflows_in_int8():
-        yield Finding(
+        yield Check(
             "note",
             subject,
             "this CPU has no VNNI: in OpenVINO int8 would overflow",
             "use --engine onnxruntime, which multiplies another way",
         )
     if "fp8" in bundle.manifest.multiplies_in:
-        yield Finding(
+        yield Check(
             "note",
             subject,
             "no CPU multiplies in fp8",
@@ -192,7 +192,7 @@ def _bundle(place: Path, libraries: list[Library], gpus: list[Platform]) -> Iter
         yield from _engines(bundle, subject, library, gpus)
 
 
-def _engines(bundle: Bundle, subject: str, library: Library, gpus: list[Platform]) -> Iterator[Finding]:
+def _engines(bundle: Bundle, subject: str, library: Library, gpus: list[Platform]) -> Iterator[Check]:
     """Say of the engines of one kind whether each fits, and which part of its key differs if it does not."""
     store = EngineStore(bundle)
     records = [record for record in store.records() if record.key.kind == library.kind]
@@ -203,17 +203,17 @@ def _engines(bundle: Bundle, subject: str, library: Library, gpus: list[Platform
         try:
             store.path(record)
         except BundleError as error:
-            yield Finding("problem", subject, error.what, error.fix)
+            yield Check("problem", subject, error.what, error.fix)
             continue
         if all(misfits):
             differs = "; ".join(misfits[0])
-            yield Finding("problem", subject, f"{where} does not fit: {differs}", store.remedy(library.kind, gpus))
+            yield Check("problem", subject, f"{where} does not fit: {differs}", store.remedy(library.kind, gpus))
         elif gpus:
-            yield Finding("ok", subject, f"{where} fits this GPU, its driver and the library")
+            yield Check("ok", subject, f"{where} fits this GPU, its driver and the library")
         else:
-            yield Finding("note", subject, f"{where} is whole; there is no GPU here to run it on")
+            yield Check("note", subject, f"{where} is whole; there is no GPU here to run it on")
     built = {record.network for record in records}
     missing = [name for name in bundle.manifest.networks if name not in built]
     if records and missing:
         what = f"there is no {library.kind} engine of {', '.join(missing)}"
-        yield Finding("problem", subject, what, store.remedy(library.kind, gpus))
+        yield Check("problem", subject, what, store.remedy(library.kind, gpus))

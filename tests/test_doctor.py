@@ -9,7 +9,7 @@ import pytest
 
 from cvx_deploy import __version__, doctor
 from cvx_deploy.bundle.schema import Manifest
-from cvx_deploy.doctor import Diagnosis, Finding, diagnose
+from cvx_deploy.doctor import Check, Diagnosis, diagnose
 from cvx_deploy.engines.cuda import Gpu
 from cvx_deploy.errors import EngineError
 from cvx_deploy.miniatures import MINIATURES
@@ -27,7 +27,7 @@ def engines(exported: Exported, tmp_path: Path) -> Path:
     return folder
 
 
-def of(diagnosis: Diagnosis, subject: str) -> list[Finding]:
+def of(diagnosis: Diagnosis, subject: str) -> list[Check]:
     return [finding for finding in diagnosis.findings if finding.subject == subject]
 
 
@@ -39,7 +39,7 @@ def change_manifest(place: Path, **changes: object) -> None:
 def test_a_sound_machine_and_bundle_have_no_problems(engines: Path) -> None:
     found = diagnose(engines)
     assert not found.problems
-    assert of(found, "cvx-deploy") == [Finding("ok", "cvx-deploy", __version__)]
+    assert of(found, "cvx-deploy") == [Check("ok", "cvx-deploy", __version__)]
     version, runs = of(found, "onnxruntime")
     assert version.what == onnxruntime.__version__
     assert (runs.state, runs.what) == ("ok", "runs fp32 and fp16 bundles on the CPU")
@@ -57,7 +57,7 @@ def test_a_machine_without_a_gpu_is_no_problem(engines: Path, monkeypatch: pytes
 
     monkeypatch.setattr(doctor, "CudaPython", none)
     found = diagnose(engines)
-    assert of(found, "gpu") == [Finding("note", "gpu", "there is no NVIDIA driver here", "install one")]
+    assert of(found, "gpu") == [Check("note", "gpu", "there is no NVIDIA driver here", "install one")]
     assert not found.problems
 
 
@@ -69,7 +69,7 @@ def test_a_gpu_is_named_with_its_memory_and_driver(engines: Path, monkeypatch: p
 
 def test_a_gpu_without_cudnn_is_not_said_to_run_anything(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeOnnxRuntime(monkeypatch)
-    runs = Finding("ok", "onnxruntime-cuda", "runs bundles on an NVIDIA GPU")
+    runs = Check("ok", "onnxruntime-cuda", "runs bundles on an NVIDIA GPU")
     assert of(diagnose(engines), "onnxruntime-cuda") == [runs]
     fake.failures["run"] = NO_CUDNN
     (finding,) = of(diagnose(engines), "onnxruntime-cuda")

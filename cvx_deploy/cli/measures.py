@@ -111,9 +111,9 @@ def _request(
     from cvx_deploy.bench.bench import BenchRequest
     from cvx_deploy.bundle.opened import Bundle
     from cvx_deploy.pipeline.request import RunRequest
-    from cvx_deploy.pipeline.shapes import Wanted, bundle_at
+    from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 
-    wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
+    wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     bundle = bundle_at(Bundle.open(path), wanted, None)
     request = RunRequest((prompt,), "video.mp4", **video)
     return BenchRequest(bundle, engines, baselines or BASELINES, reference, request, runs, note)

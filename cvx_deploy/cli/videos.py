@@ -116,7 +116,7 @@ def run(
     from cvx_deploy.pipeline.combinations import check_combination
     from cvx_deploy.pipeline.pipeline import Pipeline
     from cvx_deploy.pipeline.request import RunRequest
-    from cvx_deploy.pipeline.shapes import Wanted, bundle_at
+    from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 
     # One prompt needs each network once: then those of one phase alone are held.
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
@@ -131,7 +131,7 @@ def run(
         guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
         **options,
     )
-    wanted = Wanted(shape.frames, shape.height, shape.width) if shape else Wanted(frames, height, width)
+    wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
     opened = Pipeline(
         bundle,

@@ -21,7 +21,7 @@ _GB = 1024**3
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuModel:
     """One GPU.
 
     Attributes:
@@ -57,13 +57,13 @@ class Gpu:
 
 def _gpu(
     name: str, capability: int, memory: float, bandwidth: int, half: float, int8: float, fp8: float | None, fp32: float
-) -> Gpu:
+) -> GpuModel:
     """Return a GPU from its data sheet's figures: memory in GB, bandwidth in GB/s."""
     bfloat16 = half if capability >= 80 else None
-    return Gpu(name, f"sm{capability}", round(memory * _GB), bandwidth * 1e9, half, bfloat16, int8, fp8, fp32)
+    return GpuModel(name, f"sm{capability}", round(memory * _GB), bandwidth * 1e9, half, bfloat16, int8, fp8, fp32)
 
 
-GPUS: tuple[Gpu, ...] = (
+GPUS: tuple[GpuModel, ...] = (
     #    name                 sm   GB   GB/s   half    int8     fp8    fp32
     _gpu("T4", 75, 16, 320, 65, 130, None, 8.1),
     _gpu("A100 40GB", 80, 40, 1555, 312, 624, None, 19.5),
@@ -94,7 +94,7 @@ _NOISE = re.compile(
 )
 
 
-def gpu_named(name: str) -> Gpu:
+def gpu_named(name: str) -> GpuModel:
     """Return the GPU a name means: ``rtx4090``, ``RTX 4090`` and ``NVIDIA GeForce RTX 4090`` are the same.
 
     A name that fits the beginning of several (``a100``) means the one listed last, the larger.

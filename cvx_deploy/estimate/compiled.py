@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
-from cvx_deploy.engines.gpus import Gpu
+from cvx_deploy.engines.gpus import GpuModel
 from cvx_deploy.engines.tensorrt.roofline import roofline
 from cvx_deploy.engines.tensorrt.store import EngineStore
 from cvx_deploy.estimate.memory import PrecisionName
 from cvx_deploy.shape import Shape
 
 
-def step_seconds(folder: Path, shape: Shape, gpu: Gpu, *, guided: bool) -> dict[PrecisionName, float]:
+def step_seconds(folder: Path, shape: Shape, gpu: GpuModel, *, guided: bool) -> dict[PrecisionName, float]:
     """Return the seconds of a step in the bundle's precision; empty where there is no plan of that shape and batch.
 
     A plan whose batch is chosen at run time has kernels of unknown size: it says nothing here.

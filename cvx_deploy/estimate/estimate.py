@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from cvx_deploy.engines.gpus import Gpu
+from cvx_deploy.engines.gpus import GpuModel
 from cvx_deploy.engines.tensorrt.memory import build_memory
 from cvx_deploy.errors import ShapeError
 from cvx_deploy.estimate.memory import (
@@ -13,7 +13,7 @@ from cvx_deploy.estimate.memory import (
     WORKSPACE,
     Native,
     Needs,
-    Network,
+    NetworkName,
     PrecisionName,
     cpu_peak,
     gpu_needs,
@@ -26,7 +26,7 @@ from cvx_deploy.families.cogvideox.models import Limits, Model
 from cvx_deploy.measure.units import size_text, time_text
 from cvx_deploy.shape import Shape
 
-_PHASES: Final[dict[str, tuple[Network, ...]]] = {
+_PHASES: Final[dict[str, tuple[NetworkName, ...]]] = {
     "text": ("text_encoder",),
     "transformer": ("modulation", "transformer"),
     "vae": ("vae_decoder",),
@@ -48,8 +48,8 @@ class Option:
     """
 
     precision: PrecisionName
-    needs: dict[Network, Needs]
-    tiled: dict[Network, Needs]
+    needs: dict[NetworkName, Needs]
+    tiled: dict[NetworkName, Needs]
     build: int
     engines: int
     speed: Speed | None
@@ -74,18 +74,18 @@ class Option:
         return next((name for name, size in self.residencies.items() if size <= vram), None)
 
 
-def _all_resident(needs: dict[Network, Needs]) -> int:
+def _all_resident(needs: dict[NetworkName, Needs]) -> int:
     """Every network's weights; all compute in one block, and the caches are there while decoding."""
     weights = sum(one.weights for one in needs.values())
     return WORKSPACE + weights + max(one.activations + one.state for one in needs.values())
 
 
-def _phases(needs: dict[Network, Needs]) -> dict[str, int]:
+def _phases(needs: dict[NetworkName, Needs]) -> dict[str, int]:
     return {name: _all_resident({network: needs[network] for network in parts}) for name, parts in _PHASES.items()}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a model takes at a shape.
 
     Attributes:
@@ -101,9 +101,9 @@ class Plan:
     batch: int
     steps: int
     vram: int | None
-    gpu: Gpu | None
+    gpu: GpuModel | None
     checkpoint: int
-    cpu: dict[Network, int]
+    cpu: dict[NetworkName, int]
     options: tuple[Option, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -186,11 +186,11 @@ def plan(
     shape: Shape,
     *,
     vram: int | None = None,
-    gpu: Gpu | None = None,
+    gpu: GpuModel | None = None,
     guided: bool = True,
     steps: int = 50,
     compiled: dict[PrecisionName, float] | None = None,
-) -> Plan:
+) -> Estimate:
     """Tell what a published model takes.
 
     Args:
@@ -211,7 +211,7 @@ def plan(
     encoder = architecture.vae.parameters("encoder") * 2
     published = sum(weight_bytes(architecture, _native(model)).values())
     memory = vram if vram is not None or gpu is None else gpu.memory
-    return Plan(
+    return Estimate(
         model, shape, architecture.tokens(shape), batch, steps, memory, gpu, published + encoder,
         cpu_peak(architecture, shape, batch), options,
     )  # fmt: skip
@@ -236,13 +236,13 @@ def _option(
     shape: Shape,
     precision: PrecisionName,
     batch: int,
-    gpu: Gpu | None,
+    gpu: GpuModel | None,
     compiled: dict[PrecisionName, float],
 ) -> Option:
     native = _native(model)
     needs = gpu_needs(architecture, shape, precision, native, batch)
     decoder = gpu_needs(architecture, tiled(shape), precision, native, batch)["vae_decoder"]
-    in_tiles: dict[Network, Needs] = {**needs, "vae_decoder": decoder}
+    in_tiles: dict[NetworkName, Needs] = {**needs, "vae_decoder": decoder}
     priced = speed(architecture, shape, precision, batch, gpu, native) if gpu else None
     if priced is not None and precision in compiled:
         priced = Speed(priced.text_encoder, compiled[precision], priced.decode, "compiled plan")

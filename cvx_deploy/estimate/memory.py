@@ -15,8 +15,8 @@ from cvx_deploy.graph.tiled_attention import TILED_CELLS
 from cvx_deploy.precision import SchemeName
 from cvx_deploy.shape import Shape
 
-Network = Literal["text_encoder", "modulation", "transformer", "vae_decoder"]
-NETWORKS: Final[tuple[Network, ...]] = get_args(Network)
+NetworkName = Literal["text_encoder", "modulation", "transformer", "vae_decoder"]
+NETWORKS: Final[tuple[NetworkName, ...]] = get_args(NetworkName)
 PrecisionName = Literal["fp32", "fp16", "bf16", "int8", "int8wo", "int4wo", "fp8"]
 PRECISIONS: Final[tuple[PrecisionName, ...]] = get_args(PrecisionName)
 Native = Literal["fp16", "bf16"]
@@ -80,7 +80,7 @@ def item_bytes(precision: PrecisionName) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[Network, int]:
+def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[NetworkName, int]:
     """Return the bytes of each network's weights.
 
     Quantized are the linear layers of the transformer's blocks, but for those that are spared, and T5's to 8 bits.
@@ -107,7 +107,7 @@ def _quantized(transformer: Transformer, precision: PrecisionName) -> int:
 
 def gpu_needs(
     architecture: Architecture, shape: Shape, precision: PrecisionName, native: Native, batch: int
-) -> dict[Network, Needs]:
+) -> dict[NetworkName, Needs]:
     """Return what every network needs on a GPU, compiled by TensorRT.
 
     Of a video of several chunks, the VAE's first and next network each hold all weights, and the caches lie in two sets
@@ -132,7 +132,7 @@ def gpu_needs(
     }
 
 
-def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Network, Needs]:
+def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[NetworkName, Needs]:
     """Return what every network needs once it has been loaded in ONNX Runtime on a CPU, in fp32.
 
     Attention of few tokens holds the scores of all pairs, that of many goes through them in tiles. A video of several
@@ -161,7 +161,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
     }
 
 
-def cpu_peak(architecture: Architecture, shape: Shape, batch: int) -> dict[Network, int]:
+def cpu_peak(architecture: Architecture, shape: Shape, batch: int) -> dict[NetworkName, int]:
     """Return the most memory each network takes in ONNX Runtime, loading it and running it."""
     weights, needs = weight_bytes(architecture, "fp32"), cpu_needs(architecture, shape, batch)
     return {name: max(int(_CPU_LOADING[name] * weights[name]), needs[name].total) for name in NETWORKS}

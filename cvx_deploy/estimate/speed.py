@@ -7,7 +7,7 @@ is was read off compiled plans (docs/rewrites.md). It is an estimate from below,
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from cvx_deploy.engines.gpus import Gpu
+from cvx_deploy.engines.gpus import GpuModel
 from cvx_deploy.estimate.memory import Native, PrecisionName, computes_in, item_bytes, weight_bytes
 from cvx_deploy.families.cogvideox.architecture import Architecture
 from cvx_deploy.shape import Shape
@@ -44,7 +44,7 @@ class Speed:
 
 
 def speed(
-    architecture: Architecture, shape: Shape, precision: PrecisionName, batch: int, gpu: Gpu, native: Native
+    architecture: Architecture, shape: Shape, precision: PrecisionName, batch: int, gpu: GpuModel, native: Native
 ) -> Speed | None:
     """Return the least time by the architecture; None where the GPU has no units for a type.
 
@@ -75,7 +75,7 @@ def speed(
                  "architecture")  # fmt: skip
 
 
-def _decode(architecture: Architecture, shape: Shape, item: int, peak: float, gpu: Gpu) -> float:
+def _decode(architecture: Architecture, shape: Shape, item: int, peak: float, gpu: GpuModel) -> float:
     unit = shape.frames * shape.height * shape.width * architecture.vae.channels[0] * item
     arithmetic = architecture.vae.flops("decoder", architecture.latents(shape)) / peak
     return arithmetic + _BETWEEN_CONVOLUTIONS * unit / gpu.bandwidth

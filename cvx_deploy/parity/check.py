@@ -47,7 +47,7 @@ from cvx_deploy.quantize.recipe import COMPONENTS, NetworkPrecision, Recipe
 from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.reference.eager import EagerVideo, Wish
+    from cvx_deploy.exporters.reference.eager import EagerRequest, EagerVideo
     from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 
 PROMPT = "a red circle moves to the right"
@@ -303,7 +303,7 @@ class _Climb:
             apart = video_difference(frames, video.frames)
             rung.videos.append(VideoResult(shape, apart, () if limits is None else apart.beyond(limits)))
 
-    def _check_run(self, view: Bundle, told: str, wish: "Wish", video: "EagerVideo", show: Show) -> None:
+    def _check_run(self, view: Bundle, told: str, wish: "EagerRequest", video: "EagerVideo", show: Show) -> None:
         """Make the video on the engine, or what stands in for it, from the same noise; hold it against diffusers'."""
         rung = self.rungs[self._last_graphs if self.engine is None else "engine"]
         output, kept = self.folder / "video.npy", self.folder / "latents.npy"

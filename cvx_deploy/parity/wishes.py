@@ -10,7 +10,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from cvx_deploy.exporters.reference.eager import Wish
+    from cvx_deploy.exporters.reference.eager import EagerRequest
 
 GUIDANCE = 6.0
 _SEED_OF_IMAGE = 0
@@ -32,26 +32,26 @@ class Asked(Protocol):
         """Return the seed."""
 
 
-def wish_of(bundle: Bundle, shape: Shape, asked: Asked, folder: Path) -> "Wish":
+def wish_of(bundle: Bundle, shape: Shape, asked: Asked, folder: Path) -> "EagerRequest":
     """Return what a bundle is made for: a video from the prompt, and from an image where it takes one."""
-    from cvx_deploy.exporters.reference.eager import Wish
+    from cvx_deploy.exporters.reference.eager import EagerRequest
 
     image = None
     if bundle.manifest.traits.task == "image-to-video":
         image = folder / "image.png"
         _picture(_SEED_OF_IMAGE, shape).save(image)
-    return Wish(asked.prompt, asked.steps, asked.seed, GUIDANCE, image)
+    return EagerRequest(asked.prompt, asked.steps, asked.seed, GUIDANCE, image)
 
 
-def remake_of(shape: Shape, asked: Asked, folder: Path) -> "Wish":
+def remake_of(shape: Shape, asked: Asked, folder: Path) -> "EagerRequest":
     """Return a video that is made in half the steps from a clip; every frame of that is another picture."""
-    from cvx_deploy.exporters.reference.eager import Wish, clip_names
+    from cvx_deploy.exporters.reference.eager import EagerRequest, clip_names
 
     clip = folder / f"clip-{shape}"
     clip.mkdir()
     for seed, name in enumerate(clip_names(shape.frames)):
         _picture(seed, shape).save(clip / name)
-    return Wish(asked.prompt, max(asked.steps, 2), asked.seed, GUIDANCE, video=clip, strength=0.5)
+    return EagerRequest(asked.prompt, max(asked.steps, 2), asked.seed, GUIDANCE, video=clip, strength=0.5)
 
 
 def _picture(seed: int, shape: Shape) -> Image.Image:

@@ -34,7 +34,7 @@ from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.run import events, run
-from cvx_deploy.pipeline.shapes import Wanted, bundle_at
+from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 from cvx_deploy.pipeline.video import Video
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
@@ -277,7 +277,7 @@ class Pipeline:
         fast: bool = False,
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
-        bundle = bundle_at(self.bundle, Wanted(num_frames, height, width))
+        bundle = bundle_at(self.bundle, ShapeChoice(num_frames, height, width))
         shape, defaults = bundle.shape, bundle.manifest.defaults
         request = RunRequest(
             prompts=() if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt),

@@ -15,7 +15,7 @@ from cvx_deploy.shape import Shape
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ShapeChoice:
     """The video size that is asked for; None where any will do."""
 
     frames: int | None = None
@@ -35,7 +35,7 @@ class Wanted:
         )
 
 
-def bundle_at(bundle: Bundle, wanted: Wanted, from_latents: Path | None = None) -> Bundle:
+def bundle_at(bundle: Bundle, wanted: ShapeChoice, from_latents: Path | None = None) -> Bundle:
     """Return the bundle seen at the first of its shapes that is `wanted`, or that the latents in a file fit.
 
     Raises:

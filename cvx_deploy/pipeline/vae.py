@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.engines.backend import Backend, DeviceTensor, Session
-from cvx_deploy.families.cogvideox.vae import DECODER, Grid, Half, encoder
+from cvx_deploy.families.cogvideox.vae import DECODER, Grid, VaeHalf, encoder
 from cvx_deploy.pipeline.noise import Generator
 from cvx_deploy.progress import Advance
 
 Clip = NDArray[np.float32]  # (B, C, F, H, W) with B = 1, of pixels in [-1, 1] or of latents
 
 
-def count_chunks(backend: Backend, half: Half, frames: int) -> int:
+def count_chunks(backend: Backend, half: VaeHalf, frames: int) -> int:
     """Return how many chunks a clip of `frames` (latent frames for the decoder) is worked through in."""
     if not backend.bundle.has(half.following):
         return 1
@@ -69,13 +69,13 @@ def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) ->
     return (_tiled if tiled else _chunks)(backend, DECODER, latents, advance)
 
 
-def count_tiles(backend: Backend, half: Half, height: int, width: int) -> int:
+def count_tiles(backend: Backend, half: VaeHalf, height: int, width: int) -> int:
     """Return how many tiles diffusers cuts a clip of that height and width (in the half's input) into."""
     grid = Grid.of(backend.bundle.manifest.vae, half, height, width)
     return len(grid.rows.starts) * len(grid.columns.starts)
 
 
-def _chunks(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
+def _chunks(backend: Backend, half: VaeHalf, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
     with _Sessions(backend, half, clip.shape[3:]) as sessions:
         yield from sessions.run(clip, advance)
 
@@ -83,7 +83,7 @@ def _chunks(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Steps
 class _Sessions:
     """The two networks of a half at one height and width, loaded as they are needed."""
 
-    def __init__(self, backend: Backend, half: Half, plane: tuple[int, ...]) -> None:
+    def __init__(self, backend: Backend, half: VaeHalf, plane: tuple[int, ...]) -> None:
         self._backend = backend
         self._half = half
         self._sizes = {"latent_height": plane[0] // half.downscale, "latent_width": plane[1] // half.downscale}
@@ -132,7 +132,7 @@ def _frames(backend: Backend, network: str) -> int:
     return frames
 
 
-def _tiled(backend: Backend, half: Half, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
+def _tiled(backend: Backend, half: VaeHalf, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
     grid = Grid.of(backend.bundle.manifest.vae, half, *clip.shape[3:])
     cuts = {
         (row, column): clip[:, :, :, y : y + grid.rows.tile, x : x + grid.columns.tile]

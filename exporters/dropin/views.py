@@ -14,7 +14,7 @@ from cvx_deploy.engines.backend import Backend, DeviceTensor
 from cvx_deploy.engines.registry import open_backend
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.errors import EngineError, ShapeError
-from cvx_deploy.families.cogvideox.vae import Half
+from cvx_deploy.families.cogvideox.vae import VaeHalf
 from cvx_deploy.pipeline.shapes import latent_shape
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
@@ -52,7 +52,7 @@ class Views:
         plane = vae.spatial * size[2], vae.spatial * size[3]
         raise self._none(video_frames(self.bundle, size[0]), plane)
 
-    def of_clip(self, half: Half, frames: int, plane: Plane, *, whole: int) -> Backend:
+    def of_clip(self, half: VaeHalf, frames: int, plane: Plane, *, whole: int) -> Backend:
         """Return the engine whose VAE takes a clip of so many frames (latent ones to decode) of a `whole` video."""
         for view in self._views():
             if (view.shape.height, view.shape.width) == plane and _cuts(view, half, frames):
@@ -90,7 +90,7 @@ def video_frames(bundle: Bundle, latent_frames: int) -> int:
     return temporal * (latent_frames - 1) + 1 if latent_frames % 2 else temporal * latent_frames
 
 
-def _cuts(view: Bundle, half: Half, frames: int) -> bool:
+def _cuts(view: Bundle, half: VaeHalf, frames: int) -> bool:
     """Whether a clip is a whole number of the half's chunks at that shape."""
     if not view.has(half.first):
         return False

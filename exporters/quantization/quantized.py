@@ -8,7 +8,7 @@ from cvx_deploy.bundle.schema import Quantization
 from cvx_deploy.errors import RecipeError
 from cvx_deploy.exporters.quantization.calibrate import checkpoint_digest
 from cvx_deploy.exporters.quantization.quantized_weights import LayerWeights, quantize_component
-from cvx_deploy.exporters.sources.checkpoint import Checkpoint, Made
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint, DerivedTensors
 from cvx_deploy.exporters.sources.lora import MERGED
 from cvx_deploy.families.cogvideox.layers import quantizable, sensitive_places, without
 from cvx_deploy.files import sha256_of
@@ -54,7 +54,7 @@ class Quantizing:
 class QuantizedComponent:
     """A component's weights in fewer bits, where Q/DQ nodes go in its graph, and what the manifest says of it."""
 
-    made: Made
+    made: DerivedTensors
     placement: Placement
     entry: Quantization
 

@@ -18,7 +18,7 @@ from torchao.quantization import MappingType, choose_qparams_affine, quantize_af
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.bundle.schema import WeightFile
 from cvx_deploy.errors import CalibrationError, CheckpointError
-from cvx_deploy.exporters.sources.checkpoint import Made
+from cvx_deploy.exporters.sources.checkpoint import DerivedTensors
 from cvx_deploy.exporters.sources.weights import (
     TORCH_TYPES,
     PlannedTensor,
@@ -164,7 +164,7 @@ def as_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (values.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
 
 
-def quantize_component(weights: LayerWeights, folder: Path, progress: Progress) -> Made:
+def quantize_component(weights: LayerWeights, folder: Path, progress: Progress) -> DerivedTensors:
     """Write every tensor of a component, its layers quantized, to one file in `folder`."""
     file = f"{weights.component}.{weights.precision.scheme}.safetensors"
     planned = _plan(weights)
@@ -177,7 +177,7 @@ def quantize_component(weights: LayerWeights, folder: Path, progress: Progress) 
     stored = stored_tensors(file, planned)
     if weights.scheme.weights == "INT4":
         stored |= {name: _as_int4(stored[name], weights.tensors[name]) for name in _weights_of(weights)}
-    return Made(folder / file, entry, stored)
+    return DerivedTensors(folder / file, entry, stored)
 
 
 def _weights_of(weights: LayerWeights) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.safetensors import read_header
 from cvx_deploy.errors import CheckpointError, WrongModelError
-from cvx_deploy.exporters.sources.checkpoint import Checkpoint, Made
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint, DerivedTensors
 from cvx_deploy.exporters.sources.hub import Source, fetch
 from cvx_deploy.files import sha256_of
 from cvx_deploy.progress import Progress
@@ -100,5 +100,5 @@ def with_adapters(checkpoint: Checkpoint, straight: Bundle) -> Checkpoint:
     from cvx_deploy.exporters.sources.lora import MERGED
 
     path = straight.inside(MERGED)
-    made = Made(path, straight.manifest.weights[MERGED], read_header(path, MERGED))
+    made = DerivedTensors(path, straight.manifest.weights[MERGED], read_header(path, MERGED))
     return checkpoint.with_made("transformer", made)

@@ -236,7 +236,7 @@ def _given_rows(model: Any, rows: torch.Tensor) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Wish:
+class EagerRequest:
     """What video diffusers' pipeline is to make: a few words of `runtime.pipeline.RunRequest`; `video` is a folder."""
 
     prompt: str
@@ -272,7 +272,7 @@ class EagerVideo:
 
 
 def eager_video(
-    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: Wish, encoded: EagerVideo | None = None
+    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: EagerRequest, encoded: EagerVideo | None = None
 ) -> EagerVideo:
     """Run diffusers' pipeline at a bundle's shape: text encoder, transformer and decoder one after the other.
 
@@ -299,7 +299,7 @@ def eager_video(
 
 
 def _encode(
-    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: Wish
+    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: EagerRequest
 ) -> tuple[NDArray[np.int64], torch.Tensor]:
     """Return token ids and embeddings of the empty negative prompt and of the prompt."""
     network = eager_network(checkpoint, "text_encoder", precision)
@@ -314,7 +314,7 @@ def _encode(
 
 
 def _denoise(
-    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: Wish, embeds: torch.Tensor
+    bundle: Bundle, checkpoint: Checkpoint, precision: Precision, wish: EagerRequest, embeds: torch.Tensor
 ) -> tuple[tuple[int, ...], tuple[NDArray[Any], ...], torch.Tensor, NDArray[Any] | None]:
     """Return the timesteps, the transformer's inputs, the finished latents, and what was encoded of an image."""
     vae, transformer = (eager_network(checkpoint, name, precision) for name in ("vae", "transformer"))
@@ -344,13 +344,13 @@ def clip_names(frames: int) -> list[str]:
     return [f"{index}.png" for index in range(frames)]
 
 
-def _pipeline_of(wish: Wish) -> Any:
+def _pipeline_of(wish: EagerRequest) -> Any:
     if wish.video is not None:
         return CogVideoXVideoToVideoPipeline
     return CogVideoXPipeline if wish.image is None else CogVideoXImageToVideoPipeline
 
 
-def _call(bundle: Bundle, wish: Wish) -> dict[str, Any]:
+def _call(bundle: Bundle, wish: EagerRequest) -> dict[str, Any]:
     from PIL import Image
 
     shape = bundle.shape

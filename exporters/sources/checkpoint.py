@@ -31,7 +31,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Made:
+class DerivedTensors:
     """Tensors of a component that were made anew, and the one file outside the checkpoint that holds them."""
 
     path: Path
@@ -63,7 +63,7 @@ class Checkpoint:
         self.root = root.absolute()
         self.variant = variant
         self.transformer = None if transformer is None else _transformer_folder(transformer)
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, DerivedTensors] = {}
         found = self._holds()
         if found not in PIPELINES:
             raise WrongModelError(
@@ -117,7 +117,7 @@ class Checkpoint:
             return self.transformer / name
         return self.root / file
 
-    def with_made(self, component: str, made: Made) -> "Checkpoint":
+    def with_made(self, component: str, made: DerivedTensors) -> "Checkpoint":
         """Return the same checkpoint with some of a component's tensors taken from a file of their own."""
         other = copy.copy(self)
         other._made = self._made | {component: made}

@@ -32,7 +32,7 @@ from cvx_deploy.bounds import finite_json
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.bundle.schema import Lora, WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
-from cvx_deploy.exporters.sources.checkpoint import PICKLES, Checkpoint, Made
+from cvx_deploy.exporters.sources.checkpoint import PICKLES, Checkpoint, DerivedTensors
 from cvx_deploy.exporters.sources.weights import PlannedTensor, load_tensor, stored_tensors, write_safetensors
 from cvx_deploy.exporters.tracing.contract import TORCH_DTYPES
 from cvx_deploy.families.cogvideox.models import MODELS
@@ -133,7 +133,7 @@ def write_merged(
     precision: Precision,
     folder: Path,
     progress: Progress,
-) -> Made:
+) -> DerivedTensors:
     """Write every weight that the adapters change, merged, to `MERGED` in `folder`.
 
     Args:
@@ -161,7 +161,7 @@ def write_merged(
         digest = write_safetensors(path, planned, merged, advance)
     stat = path.stat()
     entry = WeightFile(MERGED, stat.st_size, digest, stat.st_mtime_ns, in_bundle=True)
-    return Made(path, entry, stored_tensors(MERGED, planned))
+    return DerivedTensors(path, entry, stored_tensors(MERGED, planned))
 
 
 def changed_by(adapters: Iterable[Adapter]) -> list[str]:

@@ -73,7 +73,7 @@ class RandomTensor:
 
 
 @dataclass(frozen=True)
-class WeightFile:
+class ShardFile:
     """One safetensors file to be written: its component (a folder), its name, and its tensors in file order."""
 
     component: str
@@ -102,7 +102,7 @@ class Plan:
     """All that a checkpoint will hold: small files by path, with their content, and weight files."""
 
     small: dict[str, bytes]
-    weights: tuple[WeightFile, ...]
+    weights: tuple[ShardFile, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -182,7 +182,7 @@ def _plan(model: Model, scale: Scale) -> Plan:
         "tokenizer/spiece.model": spiece_model(scale),
     }
     small |= {f"tokenizer/{name}": as_json(content) for name, content in tokenizer_files(scale).items()}
-    weights: list[WeightFile] = []
+    weights: list[ShardFile] = []
     for component, config in (
         ("text_encoder", text_encoder_config(model, scale)),
         ("transformer", transformer_config(model, scale)),
@@ -197,7 +197,7 @@ def _plan(model: Model, scale: Scale) -> Plan:
 
 def _sharded(
     component: str, network: torch.nn.Module, dtype: torch.dtype, scale: Scale
-) -> tuple[list[WeightFile], dict[str, bytes]]:
+) -> tuple[list[ShardFile], dict[str, bytes]]:
     """Split a network into weight files as ``save_pretrained`` does; the index is by path, and empty for one file."""
     tied = getattr(network, "_tied_weights_keys", None) or {}
     state = {name: tensor.to(dtype) for name, tensor in network.state_dict().items() if name not in tied}
@@ -206,7 +206,7 @@ def _sharded(
     limit = total // 2 if scale == "tiny" and component != "vae" else FULL_SHARD_BYTES
     shards, index = split_into_shards(component, state, limit)
     files = [
-        WeightFile(
+        ShardFile(
             component,
             filename,
             dtype,
@@ -234,7 +234,7 @@ def _random_tensor(network: torch.nn.Module, name: str, shape: tuple[int, ...]) 
     return RandomTensor(name, shape, 0.0, gain / math.sqrt(math.prod(shape[1:])))
 
 
-def _chunks(file: WeightFile, seed: int, pool: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
+def _chunks(file: ShardFile, seed: int, pool: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
     """Yield a weight file piece by piece, drawing a few blocks ahead on `pool`."""
     yield file.header
     pending: deque[Future[memoryview]] = deque()

@@ -13,7 +13,7 @@ from cvx_deploy.bundle.schema import Network, StoredFile, TensorSpec, numpy_dtyp
 from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.engines.openvino.backend import OpenVinoBackend, OpenVinoSession
-from cvx_deploy.engines.tensorrt.session import Layout, Tensor
+from cvx_deploy.engines.tensorrt.session import BoundTensor, Layout
 from cvx_deploy.errors import EngineError
 from cvx_deploy.graph.widened import widen
 from cvx_deploy.miniatures import miniature
@@ -73,7 +73,7 @@ def test_openvino_hands_state_on_in_its_own_type(mini: Bundle) -> None:
 def test_tensorrt_lays_out_half_the_bytes_of_float32() -> None:
     halves, wholes = Layout(network(), {}), Layout(network("float32"), {})
     assert 2 * sum(halves.shared().values()) == sum(wholes.shared().values()) == 2 * 4 * np.prod(SHAPE)
-    assert str(Tensor.of(spec("cache", "bfloat16"), {})) == "bfloat16 (2, 3)"
+    assert str(BoundTensor.of(spec("cache", "bfloat16"), {})) == "bfloat16 (2, 3)"
     assert halves.own_bytes() == wholes.own_bytes()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cvx_deploy.engines.gpus import GPUS, Gpu, gpu_named
+from cvx_deploy.engines.gpus import GPUS, GpuModel, gpu_named
 from cvx_deploy.errors import EngineError
 
 
@@ -34,7 +34,7 @@ def test_every_usual_spelling_finds_its_gpu(spelling: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_every_gpu_is_found_by_its_own_name(gpu: Gpu) -> None:
+def test_every_gpu_is_found_by_its_own_name(gpu: GpuModel) -> None:
     assert gpu_named(gpu.name) is gpu
 
 

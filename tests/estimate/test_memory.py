@@ -12,7 +12,7 @@ from msgspec import convert
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.estimate import memory
-from cvx_deploy.estimate.memory import Network, cpu_peak, gpu_needs, tiled
+from cvx_deploy.estimate.memory import NetworkName, cpu_peak, gpu_needs, tiled
 from cvx_deploy.families.cogvideox.architecture import Architecture
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.miniatures import miniature
@@ -23,7 +23,7 @@ from tests.tolerances import PLANNED_MEMORY
 
 MEASURED: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "plan_memory.json").read_text())
 SCRIPT = ROOT / "benchmarks" / "plan_memory.py"
-NETWORKS: dict[str, Network] = {
+NETWORKS: dict[str, NetworkName] = {
     "text_encoder": "text_encoder",
     "modulation": "modulation",
     "transformer": "transformer",
@@ -166,7 +166,7 @@ def peak_here(bundle: Bundle, network: str, batch: int) -> int:
 
 
 @pytest.mark.parametrize("network", ["text_encoder", "transformer", "vae_decoder"])
-def test_sessions_of_this_machine_take_what_is_predicted(network: Network, tiny: Tiny, exported: Exported) -> None:
+def test_sessions_of_this_machine_take_what_is_predicted(network: NetworkName, tiny: Tiny, exported: Exported) -> None:
     bundle = exported("5b")
     batch = 2 if network == "transformer" else 1
     expected = cpu_peak(read(tiny("5b")), bundle.shape, batch)[network]

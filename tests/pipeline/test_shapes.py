@@ -7,7 +7,7 @@ import pytest
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import ShapeError
-from cvx_deploy.pipeline.shapes import Wanted, bundle_at, latent_shape, padding
+from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at, latent_shape, padding
 from cvx_deploy.shape import Shape
 from tests.bundle.test_bundle import make_bundle
 
@@ -23,23 +23,23 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.mark.parametrize(
     ("wanted", "shape"),
     [
-        (Wanted(), SHORT),
-        (Wanted(frames=17), LONG),
-        (Wanted(height=80), SHORT),
-        (Wanted(17, 80, 112), LONG),
-        (Wanted(frames=9, width=112), SHORT),
+        (ShapeChoice(), SHORT),
+        (ShapeChoice(frames=17), LONG),
+        (ShapeChoice(height=80), SHORT),
+        (ShapeChoice(17, 80, 112), LONG),
+        (ShapeChoice(frames=9, width=112), SHORT),
     ],
 )
-def test_the_first_shape_that_is_wanted_is_taken(bundle: Bundle, wanted: Wanted, shape: Shape) -> None:
+def test_the_first_shape_that_is_wanted_is_taken(bundle: Bundle, wanted: ShapeChoice, shape: Shape) -> None:
     assert bundle_at(bundle, wanted).shape == shape
 
 
 @pytest.mark.parametrize(
     ("wanted", "shape"),
-    [(Wanted(frames=25), "25x80x112"), (Wanted(17, 96), "17x96x112"), (Wanted(width=0), "9x80x0")],
+    [(ShapeChoice(frames=25), "25x80x112"), (ShapeChoice(17, 96), "17x96x112"), (ShapeChoice(width=0), "9x80x0")],
 )
 def test_a_shape_that_is_not_there_is_stated_with_the_command_that_adds_it(
-    bundle: Bundle, wanted: Wanted, shape: str
+    bundle: Bundle, wanted: ShapeChoice, shape: str
 ) -> None:
     with pytest.raises(ShapeError, match=rf"no videos of {shape} \(it makes 9x80x112, 17x80x112\)") as failure:
         bundle_at(bundle, wanted)
@@ -56,27 +56,27 @@ def kept(folder: Path, *shape: int) -> Path:
 @pytest.mark.parametrize(("frames", "shape"), [(3, SHORT), (5, LONG)])
 def test_latents_say_which_shape_they_are_of(bundle: Bundle, tmp_path: Path, frames: int, shape: Shape) -> None:
     path = kept(tmp_path, 2, frames, 16, 10, 14)
-    assert bundle_at(bundle, Wanted(), path).shape == shape
-    assert bundle_at(bundle, Wanted(frames=shape.frames), path).shape == shape
+    assert bundle_at(bundle, ShapeChoice(), path).shape == shape
+    assert bundle_at(bundle, ShapeChoice(frames=shape.frames), path).shape == shape
 
 
 def test_latents_of_a_shape_that_is_not_there_are_refused_by_name(bundle: Bundle, tmp_path: Path) -> None:
     what = r"kept.npy holds latents of 8x80x112, and .*bundle makes 9x80x112, 17x80x112"
     with pytest.raises(ShapeError, match=what) as failure:
-        bundle_at(bundle, Wanted(), kept(tmp_path, 1, 2, 16, 10, 14))
+        bundle_at(bundle, ShapeChoice(), kept(tmp_path, 1, 2, 16, 10, 14))
     assert "--shape 8x80x112" in failure.value.fix
 
 
 def test_latents_of_another_shape_than_the_one_asked_for_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match=r"kept.npy holds latents of 9x80x112, not of 17x80x112"):
-        bundle_at(bundle, Wanted(frames=17), kept(tmp_path, 1, 3, 16, 10, 14))
+        bundle_at(bundle, ShapeChoice(frames=17), kept(tmp_path, 1, 3, 16, 10, 14))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 10, 14), (3,)])
 def test_what_is_no_latents_of_this_model_is_left_to_the_reader(
     bundle: Bundle, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
-    assert bundle_at(bundle, Wanted(frames=17), kept(tmp_path, *shape)).shape == LONG
+    assert bundle_at(bundle, ShapeChoice(frames=17), kept(tmp_path, *shape)).shape == LONG
 
 
 def test_latents_are_of_the_shape_the_bundle_is_seen_at(bundle: Bundle) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from cvx_deploy.engines.tensorrt.kernels import Kernel, Tensor
+from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
 from cvx_deploy.errors import EngineError
 from cvx_deploy.reading import reading
 
@@ -188,7 +188,7 @@ def _kernel_from_line(line: str) -> Kernel:
     )
 
 
-def _tensors(text: str) -> tuple[Tensor, ...]:
+def _tensors(text: str) -> tuple[KernelTensor, ...]:
     found = [
         _tensor(name, map(int, filter(None, sizes.split(","))), word) for name, sizes, word in _TENSOR.findall(text)
     ]
@@ -197,8 +197,8 @@ def _tensors(text: str) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _tensor(name: str, sizes: Iterable[int], word: str) -> Tensor:
-    return Tensor(name, tuple(sizes), _DTYPES.get(word, word))
+def _tensor(name: str, sizes: Iterable[int], word: str) -> KernelTensor:
+    return KernelTensor(name, tuple(sizes), _DTYPES.get(word, word))
 
 
 def _layers(metadata: str) -> tuple[str, ...]:
@@ -296,7 +296,7 @@ def _profile_named(kernel: Kernel) -> int:
 
 
 def _without_profile(kernel: Kernel) -> Kernel:
-    def plain(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def plain(tensors: tuple[KernelTensor, ...]) -> tuple[KernelTensor, ...]:
         return tuple(replace(tensor, name=_PROFILE.sub("", tensor.name)) for tensor in tensors)
 
     return replace(

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
-from cvx_deploy.engines.tensorrt.kernels import Kernel, Tensor
+from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
 from cvx_deploy.precision import Precision
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _handles_scores(kernel: Kernel, tokens: int) -> bool:
     return any(_is_square(tensor, tokens) for tensor in (*kernel.inputs, *kernel.outputs))
 
 
-def _is_square(tensor: Tensor, tokens: int) -> bool:
+def _is_square(tensor: KernelTensor, tokens: int) -> bool:
     """Whether one axis is the sequence and another is too, alone or merged with batch and heads."""
     axes = list(tensor.shape)
     if tokens not in axes:
@@ -344,7 +344,7 @@ def _names(kernels: list[Kernel]) -> str:
     return f"{len(kernels)} kernel{'s' * (len(kernels) > 1)}, {some}" + ", ..." * (len(kernels) > 3)
 
 
-def _shape(tensors: tuple[Tensor, ...]) -> str:
+def _shape(tensors: tuple[KernelTensor, ...]) -> str:
     return " and ".join(f"{tensor.dtype} ({', '.join(map(str, tensor.shape))})" for tensor in tensors)
 
 

@@ -27,7 +27,7 @@ _MOVES = {"Cast", "Conc", "Expa", "Move", "Repl", "Resh", "Slic", "Sque", "Tran"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class KernelTensor:
     """A tensor as a kernel sees it.
 
     Attributes:
@@ -73,9 +73,9 @@ class Kernel:
     name: str
     type: str
     tactic: str
-    inputs: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[KernelTensor, ...]
+    constants: tuple[KernelTensor, ...]
+    outputs: tuple[KernelTensor, ...]
     layers: tuple[str, ...]
     stream: int = 0
 
@@ -162,7 +162,7 @@ class Kernel:
         named = any(pair == ("Mul", "Sum") for pair in zip(self.operations, self.operations[1:], strict=False))
         return named and bool(self._weighted_depths())
 
-    def _weighted_depths(self) -> list[tuple[int, Tensor]]:
+    def _weighted_depths(self) -> list[tuple[int, KernelTensor]]:
         """Return K and the output for every constant ``(..., K, N)`` that takes an input's K to that output's N."""
         depths = {tensor.shape[-1] for tensor in self.inputs if tensor.shape}
         found = []
@@ -183,7 +183,7 @@ class Kernel:
             return None
         return sum(2 * depth * size for (depth, _), size in zip(products, sizes, strict=True) if size is not None)
 
-    def _activation_depths(self) -> list[tuple[int, Tensor]]:
+    def _activation_depths(self) -> list[tuple[int, KernelTensor]]:
         """Return the K of a product of two activations ``(..., M, K)`` and ``(..., K, N)``, and its output."""
         out = next((tensor for tensor in self.outputs if len(tensor.shape) > 1), None)
         if out is None:
@@ -220,6 +220,6 @@ class Kernel:
         return None
 
 
-def _bytes_of(tensors: tuple[Tensor, ...]) -> int | None:
+def _bytes_of(tensors: tuple[KernelTensor, ...]) -> int | None:
     sizes = [tensor.bytes for tensor in dict.fromkeys(tensors)]
     return None if None in sizes else sum(size for size in sizes if size is not None)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cvx_deploy.engines.gpus import Gpu
+from cvx_deploy.engines.gpus import GpuModel
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
 from cvx_deploy.engines.tensorrt.kernels import KINDS, Kernel, Kind
 from cvx_deploy.engines.tensorrt.roofline import Roofline, roofline
@@ -12,7 +12,7 @@ from cvx_deploy.measure.units import size_text, time_text
 _OUTSIDE = "outside of blocks"
 
 
-def describe_plan(plan: CompiledPlan, gpu: Gpu | None = None) -> str:
+def describe_plan(plan: CompiledPlan, gpu: GpuModel | None = None) -> str:
     """Return a plan as text: totals, a table of its blocks, and with `gpu` a roofline, which is an estimate."""
     values = plan_values(plan, gpu)
     targets = f", for {', '.join(plan.targets)}" if plan.targets else ""
@@ -32,7 +32,7 @@ def describe_plan(plan: CompiledPlan, gpu: Gpu | None = None) -> str:
     return "\n".join(lines)
 
 
-def plan_values(plan: CompiledPlan, gpu: Gpu | None = None) -> dict[str, Any]:
+def plan_values(plan: CompiledPlan, gpu: GpuModel | None = None) -> dict[str, Any]:
     """Return the same as plain values: bytes, FLOPs and seconds, by block and by kind.
 
     Raises:
@@ -117,7 +117,7 @@ def _time(sums: dict[str, Any]) -> str:
     return "?" if left_out and not sums["seconds"] else f"{'>' if left_out else ''}{time_text(sums['seconds'])}"
 
 
-def _estimate(plan: CompiledPlan, gpu: Gpu, priced: dict[str, Any]) -> Iterator[str]:
+def _estimate(plan: CompiledPlan, gpu: GpuModel, priced: dict[str, Any]) -> Iterator[str]:
     parts = ", ".join(f"{kind} {time_text(time)}" for kind, time in priced["seconds_by_kind"].items() if time)
     yield f"an estimate from below, at {gpu.name}'s peaks and bandwidth: {time_text(priced['seconds'])} ({parts})"
     if priced["kernels_left_out"]:

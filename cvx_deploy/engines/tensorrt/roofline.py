@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from cvx_deploy.engines.gpus import Gpu
+from cvx_deploy.engines.gpus import GpuModel
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
 from cvx_deploy.engines.tensorrt.kernels import Kernel, Kind
 from cvx_deploy.errors import EngineError
@@ -39,7 +39,7 @@ class KernelTime:
 class Roofline:
     """The least time of a plan on one GPU; an estimate."""
 
-    gpu: Gpu
+    gpu: GpuModel
     kernels: tuple[KernelTime, ...]
 
     @property
@@ -63,7 +63,7 @@ class Roofline:
         return _summed((kernel.block, kernel.seconds) for kernel in self.kernels)
 
 
-def roofline(plan: CompiledPlan, gpu: Gpu) -> Roofline:
+def roofline(plan: CompiledPlan, gpu: GpuModel) -> Roofline:
     """Price every kernel of a plan.
 
     Raises:
@@ -74,12 +74,12 @@ def roofline(plan: CompiledPlan, gpu: Gpu) -> Roofline:
     )
 
 
-def _price(kernel: Kernel, block: str | None, gpu: Gpu) -> KernelTime:
+def _price(kernel: Kernel, block: str | None, gpu: GpuModel) -> KernelTime:
     seconds, bound = _least_time(kernel, gpu)
     return KernelTime(kernel.name, kernel.kind, block, seconds, bound)
 
 
-def _least_time(kernel: Kernel, gpu: Gpu) -> tuple[float | None, Bound | None]:
+def _least_time(kernel: Kernel, gpu: GpuModel) -> tuple[float | None, Bound | None]:
     if kernel.traffic is None:
         return None, None
     moving = kernel.traffic / gpu.bandwidth

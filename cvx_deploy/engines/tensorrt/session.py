@@ -34,14 +34,14 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class BoundTensor:
     """One in- or output with its sizes in numbers."""
 
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"
 
     @classmethod
-    def of(cls, spec: TensorSpec, sizes: Mapping[str, int]) -> "Tensor":
+    def of(cls, spec: TensorSpec, sizes: Mapping[str, int]) -> "BoundTensor":
         """Return what the manifest says of it at these sizes."""
         return cls(spec.resolve(dict(sizes)), numpy_dtype(spec.dtype))
 
@@ -70,8 +70,8 @@ class Layout:
     """
 
     def __init__(self, described: Network, sizes: Mapping[str, int]) -> None:
-        self.inputs = {spec.name: Tensor.of(spec, sizes) for spec in described.inputs}
-        self.outputs = {spec.name: Tensor.of(spec, sizes) for spec in described.outputs}
+        self.inputs = {spec.name: BoundTensor.of(spec, sizes) for spec in described.inputs}
+        self.outputs = {spec.name: BoundTensor.of(spec, sizes) for spec in described.outputs}
         self.handed = described.state
         self.sets = 2 if described.state.keys() & self.inputs.keys() else 1
 
@@ -218,7 +218,7 @@ class TrtSession:
             )
         for name, value in inputs.items():
             tensor = value.array if isinstance(value, Constant) else value
-            found = Tensor(tuple(tensor.shape), tensor.dtype)
+            found = BoundTensor(tuple(tensor.shape), tensor.dtype)
             if found != self.layout.inputs[name]:
                 raise EngineError(
                     f"{self.role} takes {name} as {self.layout.inputs[name]}, not {found}",

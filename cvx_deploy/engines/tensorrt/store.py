@@ -78,7 +78,7 @@ class EngineKey:
         """The hash that names the engine."""
         return hashlib.sha256(msgspec.json.encode(asdict(self), order="sorted")).hexdigest()[:16]
 
-    def misfits(self, wanted: "Wanted") -> list[str]:
+    def misfits(self, wanted: "EngineNeed") -> list[str]:
         """Say, in words, each part of the key that is not what is wanted."""
         found = []
         if self.graph != wanted.graph:
@@ -99,7 +99,7 @@ class EngineKey:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EngineNeed:
     """What an engine must have been made from and for, to be used.
 
     Attributes:
@@ -205,12 +205,12 @@ class EngineStore:
 
     def wanted(
         self, network: str, library: str, platform: Platform | None, sizes: Mapping[str, int] | None = None
-    ) -> Wanted:
+    ) -> EngineNeed:
         """Return what an engine for a network must have been made from, and for."""
         manifest = self._bundle.manifest
         described = manifest.networks[network]
         weights = {name: manifest.weights[name].sha256 for name in described.weights}
-        return Wanted(described.file.sha256, weights, library, sizes or {}, platform)
+        return EngineNeed(described.file.sha256, weights, library, sizes or {}, platform)
 
     def remedy(self, kind: EngineKind, gpus: Sequence[Platform]) -> str:
         """Return the command that builds what is missing."""

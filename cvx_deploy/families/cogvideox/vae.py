@@ -36,7 +36,7 @@ _OVERLAP_WIDTH = 1 / 5
 
 
 @dataclass(frozen=True)
-class Half:
+class VaeHalf:
     """The encoder's or the decoder's two networks.
 
     Attributes:
@@ -50,15 +50,15 @@ class Half:
     downscale: int
 
 
-def encoder(vae: Vae) -> Half:
+def encoder(vae: Vae) -> VaeHalf:
     """Return the encoder's networks."""
-    return Half("vae_encoder", "vae_encoder_next", vae.spatial)
+    return VaeHalf("vae_encoder", "vae_encoder_next", vae.spatial)
 
 
-DECODER = Half("vae_decoder_first", "vae_decoder_next", 1)
+DECODER = VaeHalf("vae_decoder_first", "vae_decoder_next", 1)
 
 
-def planes(vae: Vae, half: Half, shape: Shape, *, tiled: bool) -> list[tuple[int, int]]:
+def planes(vae: Vae, half: VaeHalf, shape: Shape, *, tiled: bool) -> list[tuple[int, int]]:
     """Return the heights and widths, in latents, that a half works at: the frame's, or each of its tiles' once."""
     height, width = shape.height, shape.width
     if not tiled:
@@ -72,7 +72,7 @@ def planes(vae: Vae, half: Half, shape: Shape, *, tiled: bool) -> list[tuple[int
     return [(row, column) for row in rows for column in columns]
 
 
-def check_tiles(vae: Vae, half: Half, shape: Shape) -> None:
+def check_tiles(vae: Vae, half: VaeHalf, shape: Shape) -> None:
     """Make sure that diffusers' tiles join to the frame again.
 
     diffusers takes strides, overlaps and what it keeps of a tile each as a whole number of pixels or of latents; for
@@ -128,7 +128,7 @@ class Grid:
     columns: _Axis
 
     @classmethod
-    def of(cls, vae: Vae, half: Half, height: int, width: int) -> "Grid":
+    def of(cls, vae: Vae, half: VaeHalf, height: int, width: int) -> "Grid":
         """Cut a clip of that height and width, in the half's input."""
         pixels = (vae.tile_height, vae.tile_width)
         latents = (vae.tile_height // vae.spatial, vae.tile_width // vae.spatial)

@@ -17,7 +17,7 @@ from cvx_deploy.engines.tensorrt.compiled_plan import (
     plans_from_inspector,
     plans_from_messages,
 )
-from cvx_deploy.engines.tensorrt.kernels import Kernel, Tensor
+from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
 from cvx_deploy.engines.tensorrt.plan_report import describe_plan, plan_values
 from cvx_deploy.errors import EngineError
 from tests.engines.tensorrt.compiled import BATCH, BLOCKS, HEADS, TOKENS, WIDTH, compiled, messages_of
@@ -63,7 +63,7 @@ def kernel(
     """Return a kernel of bfloat16 tensors with these shapes."""
     sides = {"inputs": inputs, "constants": constants, "outputs": outputs}
     made = {
-        side: tuple(Tensor(f"{side}{place}", shape, "bfloat16") for place, shape in enumerate(shapes))
+        side: tuple(KernelTensor(f"{side}{place}", shape, "bfloat16") for place, shape in enumerate(shapes))
         for side, shapes in sides.items()
     }
     return Kernel(name, kind, "", made["inputs"], made["constants"], made["outputs"], layers=())
@@ -72,8 +72,8 @@ def kernel(
 def test_a_line_becomes_a_kernel_with_shapes_types_bytes_and_layers() -> None:
     (gemm,) = plan_of(GEMM).kernels
     assert (gemm.type, gemm.kind, gemm.tactic, gemm.block) == ("gemm", "gemm", "__myelin_CASK_STUB", "blocks.0")
-    assert gemm.inputs == (Tensor("cat", (662, 80), "bfloat16"),)
-    assert gemm.constants[1] == Tensor("alpha", (1,), "float32")
+    assert gemm.inputs == (KernelTensor("cat", (662, 80), "bfloat16"),)
+    assert gemm.constants[1] == KernelTensor("alpha", (1,), "float32")
     assert gemm.layers == ("blocks.0.to_v/MatMul_195", "blocks.0.to_q/MatMul_189")
     assert (gemm.bytes_in, gemm.bytes_constants, gemm.bytes_out) == (662 * 160, 80 * 480 + 4, 662 * 480)
     assert gemm.flops == 2 * 662 * 80 * 240
@@ -246,7 +246,7 @@ INSPECTED_11 = {
 INSPECTED_10: dict[str, Any] = {
     "Layers": [
         {
-            "Name": "Reformatting CopyNode for Input Tensor 0 to conv",
+            "Name": "Reformatting CopyNode for Input KernelTensor 0 to conv",
             "LayerType": "Reformat",
             "Inputs": [{"Name": "x", "Dimensions": [1, 3, 8, 8], "Format/Datatype": "Row major linear FP32"}],
             "Outputs": [{"Name": "r", "Dimensions": [1, 3, 8, 8], "Format/Datatype": "Channel major FP16 format"}],
@@ -312,12 +312,15 @@ NAMES = st.text(string.ascii_letters + string.digits + "_./+ [](){}:,", min_size
 # TensorRT puts names in without quoting them; only these words within one would mislead.
 SAFE_NAMES = NAMES.filter(lambda name: name and not any(mark in name for mark in ("{", "}", "]", "[", ", ")))
 TENSORS = st.builds(
-    Tensor, SAFE_NAMES, st.lists(st.integers(-1, 99999), max_size=6).map(tuple), st.sampled_from(["bfloat16", "int8"])
+    KernelTensor,
+    SAFE_NAMES,
+    st.lists(st.integers(-1, 99999), max_size=6).map(tuple),
+    st.sampled_from(["bfloat16", "int8"]),
 )
 SIDES = st.lists(TENSORS, max_size=4).map(tuple)
 
 
-def written(tensors: tuple[Tensor, ...]) -> str:
+def written(tensors: tuple[KernelTensor, ...]) -> str:
     words = {"bfloat16": "BFloat16", "int8": "Int8"}
     parts = [
         f"{{ Name: {tensor.name}, Dimensions: [{','.join(map(str, tensor.shape))}], Strides: [], StrideOrder: [], "
@@ -329,7 +332,11 @@ def written(tensors: tuple[Tensor, ...]) -> str:
 
 @given(name=SAFE_NAMES, inputs=SIDES, constants=SIDES, outputs=SIDES, layers=st.lists(SAFE_NAMES, max_size=3))
 def test_what_is_written_in_the_known_format_is_read_back(
-    name: str, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], outputs: tuple[Tensor, ...], layers: list[str]
+    name: str,
+    inputs: tuple[KernelTensor, ...],
+    constants: tuple[KernelTensor, ...],
+    outputs: tuple[KernelTensor, ...],
+    layers: list[str],
 ) -> None:
     metadata = "\x1f".join(f"[ONNX Layer: {layer}]" for layer in layers)
     line = (

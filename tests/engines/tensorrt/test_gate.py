@@ -9,15 +9,15 @@ from onnx import TensorProto, helper
 
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
 from cvx_deploy.engines.tensorrt.gate import EXPECTATIONS, Findings, NetworkFacts, facts_from_graph, judge
-from cvx_deploy.engines.tensorrt.kernels import Kernel, Tensor
+from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
 from tests.engines.tensorrt.compiled import BLOCKS, TOKENS, compiled, facts
 
 NODE = "model.transformer_blocks.0.attn1/Attention_1"
 FACTS = NetworkFacts("transformer", "bf16", (NODE,), (331,), (), (80,))
 
 
-def tensor(name: str, *shape: int, dtype: str = "bfloat16") -> Tensor:
-    return Tensor(name, shape, dtype)
+def tensor(name: str, *shape: int, dtype: str = "bfloat16") -> KernelTensor:
+    return KernelTensor(name, shape, dtype)
 
 
 QKV = (tensor("q", 10, 331, 16), tensor("k", 10, 16, 331), tensor("v", 10, 331, 16))
@@ -28,9 +28,9 @@ def kernel(
     name: str,
     *,
     kind: str = "kgen",
-    inputs: tuple[Tensor, ...] = (),
-    constants: tuple[Tensor, ...] = (),
-    outputs: tuple[Tensor, ...] = (),
+    inputs: tuple[KernelTensor, ...] = (),
+    constants: tuple[KernelTensor, ...] = (),
+    outputs: tuple[KernelTensor, ...] = (),
 ) -> Kernel:
     return Kernel(name, kind, "", inputs, constants, outputs, ())
 

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from cvx_deploy.engines.gpus import Gpu, gpu_named
+from cvx_deploy.engines.gpus import GpuModel, gpu_named
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
-from cvx_deploy.engines.tensorrt.kernels import Kernel, Tensor
+from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
 from cvx_deploy.engines.tensorrt.roofline import roofline
 from cvx_deploy.errors import EngineError
 from tests.engines.tensorrt.compiled import compiled
 
 # A terabyte and a teraflop a second: bytes and FLOPs are picoseconds.
-PLAIN = Gpu("plain", "sm89", 1, 1e12, float16=1, bfloat16=1, int8=2, float8=None, float32=0.5)
+PLAIN = GpuModel("plain", "sm89", 1, 1e12, float16=1, bfloat16=1, int8=2, float8=None, float32=0.5)
 
 
 def gemm(rows: int, dtype: str = "bfloat16", block: int = 0) -> Kernel:
-    made = [Tensor(name, shape, dtype) for name, shape in (("x", (rows, 64)), ("w", (64, 64)), ("y", (rows, 64)))]
+    made = [KernelTensor(name, shape, dtype) for name, shape in (("x", (rows, 64)), ("w", (64, 64)), ("y", (rows, 64)))]
     layers = (f"transformer_blocks.{block}.to_q/MatMul_1",)
     return Kernel("to_q_myl0_1", "gemm", "", (made[0],), (made[1],), (made[2],), layers)
 
@@ -38,7 +38,7 @@ def test_arithmetic_runs_at_the_peak_of_its_type() -> None:
 
 
 def test_sums_are_by_kind_and_by_block() -> None:
-    norm = Kernel("__myl_MeanSub_myl0_2", "kgen", "", (Tensor("h", (500,), "float32"),), (), (), ())
+    norm = Kernel("__myl_MeanSub_myl0_2", "kgen", "", (KernelTensor("h", (500,), "float32"),), (), (), ())
     priced = roofline(plan(gemm(1024, block=0), norm, gemm(1024, block=1)), PLAIN)
     one = 2 * 1024 * 64 * 64 * 1e-12
     assert priced.by_kind == pytest.approx({"gemm": 2 * one, "elementwise": 2e-9})
@@ -48,8 +48,8 @@ def test_sums_are_by_kind_and_by_block() -> None:
 
 
 def test_what_is_not_known_is_left_out_and_counted() -> None:
-    dynamic = replace(gemm(1), inputs=(Tensor("x", (-1, 64), "bfloat16"),))
-    strange = replace(gemm(1), constants=(Tensor("w", (7, 9), "bfloat16"),))
+    dynamic = replace(gemm(1), inputs=(KernelTensor("x", (-1, 64), "bfloat16"),))
+    strange = replace(gemm(1), constants=(KernelTensor("w", (7, 9), "bfloat16"),))
     priced = roofline(plan(dynamic, strange, gemm(1)), PLAIN)
     assert [kernel.seconds is None for kernel in priced.kernels] == [True, True, False]
     assert priced.unpriced == {"transformer_blocks.0": 2}
