@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import tarfile
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cvx_deploy.measure.memory import MemoryWatch
 from cvx_deploy.miniatures import miniature
 from tests.command import Outcome, cvx
 
@@ -215,12 +215,13 @@ def all_of(numbers: range, folder: Path) -> list[str]:
     import cvx_deploy.exporters.export  # noqa: F401 - takes long, and is not what is timed
 
     found = []
-    for number in numbers:
-        place = folder / str(number)
-        place.mkdir()
-        found += one(number, place)
-        shutil.rmtree(place)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with MemoryWatch(interval=0.05) as watch:
+        for number in numbers:
+            place = folder / str(number)
+            place.mkdir()
+            found += one(number, place)
+            shutil.rmtree(place)
+    peak = watch.peak_bytes - watch.samples[0].resident  # the tests before this one have left their memory, too
     return found + ([f"{peak:,} bytes of memory"] if peak > MOST_MEMORY else [])
 
 
