@@ -75,7 +75,7 @@ def _plans(bundle: "Bundle", gpu: str | None) -> Result:
 @which_bundle
 @MOVED_CHECKPOINT
 @click.option("--load", is_flag=True, help="Load every network in ONNX Runtime as well: needs memory for the weights.")
-@click.option("--quick", is_flag=True, help="Hash no weight file whose size and time stamp are as they were.")
+@click.option("--quick", is_flag=True, help="Skip weight files whose size and time stamp have not changed.")
 @reporting
 def verify(path: Path, checkpoint: Path | None, load: bool, quick: bool, progress: Progress) -> Result:
     """Check every hash, every weight's place in its file, and every graph, and list all that is wrong.

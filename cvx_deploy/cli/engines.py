@@ -72,7 +72,7 @@ def _batch(text: str) -> tuple[int, int]:
     help="Of the transformer: guidance needs 2. One number gives a static engine.",
 )
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fastest, 5 runs fastest.")
-@click.option("--workspace", type=bytes_of, metavar="SIZE", help="Memory a kernel may use for itself, such as 2GB.")
+@click.option("--workspace", type=bytes_of, metavar="SIZE", help="Scratch memory that a kernel may use, such as 2GB.")
 @click.option(
     "--hardware-compatibility",
     type=click.Choice(["none", "ampere-plus", "same-capability"]),
@@ -80,9 +80,11 @@ def _batch(text: str) -> tuple[int, int]:
     show_default=True,
     help="Which other GPUs engines of tensorrt run on.",
 )
-@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory when the GPU's is small.")
-@click.option("--refit", is_flag=True, help="Let weights be exchanged later, for cvx-deploy refit.")
-@click.option("--strip-weights", is_flag=True, help="Write engines without the weights that a refit brings back.")
+@click.option(
+    "--weight-streaming", is_flag=True, help="Allow weights to be streamed from host memory when GPU memory is small."
+)
+@click.option("--refit", is_flag=True, help="Build engines whose weights cvx-deploy refit can exchange later.")
+@click.option("--strip-weights", is_flag=True, help="Write engines without the weights that a refit puts back.")
 @click.option("--vae-tiling", is_flag=True, help="Build the VAE for the tiles of cvx-deploy run --vae-tiling.")
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("--strict", is_flag=True, help="Fail when a network was not compiled as expected.")
@@ -186,7 +188,9 @@ def _line(outcome: "Outcome", bundle: "Bundle") -> str:
 @which_bundle
 @LORAS
 @click.option("--restore", is_flag=True, help="Take the adapters out of the bundle again, in its place.")
-@click.option("--name", metavar="NAME", callback=plain_name, help="Of the new bundle, beside the one it is made from.")
+@click.option(
+    "--name", metavar="NAME", callback=plain_name, help="Name of the new bundle, beside the one it is made from."
+)
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's folder, anywhere.")
 @click.option("--engine", type=click.Choice(ENGINE_KINDS), help="Default: the kind that the transformer has.")
 @MOVED_CHECKPOINT

@@ -33,24 +33,30 @@ if TYPE_CHECKING:
 @cli.command()
 @which_bundle
 @click.option(
-    "--engine", "engines", type=click.Choice(ENGINES), multiple=True, help="Again for more. Default: onnxruntime."
+    "--engine",
+    "engines",
+    type=click.Choice(ENGINES),
+    multiple=True,
+    help="An engine to measure; repeat for more. Default: onnxruntime.",
 )
 @click.option(
     "--baseline",
     "baselines",
     type=click.Choice(BASELINES),
     multiple=True,
-    help="What to measure beside it with PyTorch; again for more. Default: all that can be.",
+    help="PyTorch baseline to measure beside the engines; repeat for more. Default: all that this machine can run.",
 )
 @reference
 @sizes("Which of the bundle's sizes. Default: its first.", "any", several=False)
 @click.option("--prompt", default="a red circle moves to the right", show_default=True, help="What to show.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
-@click.option("--steps", type=STEPS, default=50, show_default=True, help="Denoising steps.")
-@click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1 turns guidance off.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the video.")
-@click.option("--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds after the warm-up.")
-@click.option("--note", default="", help="What else uses the machine, for the report.")
+@click.option("--steps", type=STEPS, help="Denoising steps. Default: the bundle's own.")
+@click.option("--guidance-scale", type=float, help="1 turns guidance off. Default: the bundle's own.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the video.")
+@click.option(
+    "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured rounds, after the warm-up."
+)
+@click.option("--note", default="", help="A remark for the report, such as what else uses the machine.")
 @click.option("--output", type=click.Path(path_type=Path), default="bench", show_default=True, metavar="DIR",
               help="Where bench.json, bench.md and bench.html go.")  # fmt: skip
 @click.option("--compare", is_flag=True, help="Measure nothing: compare results that are there, FILES.")
@@ -106,6 +112,8 @@ def _request(
     runs: int,
     note: str,
     prompt: str,
+    steps: int | None,
+    guidance_scale: float | None,
     **video: Any,
 ) -> Any:
     from cvx_deploy.bench.bench import BenchRequest
@@ -115,7 +123,14 @@ def _request(
 
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     bundle = bundle_at(Bundle.open(path), wanted, None)
-    request = RunRequest((prompt,), "video.mp4", **video)
+    defaults = bundle.manifest.defaults
+    request = RunRequest(
+        (prompt,),
+        "video.mp4",
+        steps=defaults.steps if steps is None else steps,
+        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        **video,
+    )
     return BenchRequest(bundle, engines, baselines or BASELINES, reference, request, runs, note)
 
 
@@ -155,11 +170,13 @@ def _compared(files: tuple[Path, ...], fail: bool) -> Result:
 
 @cli.command()
 @click.option("--model", required=True, type=click.Choice(list(MODELS)), help="A published model.")
-@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory there is, such as 12GB. Default: the GPU's.")
-@click.option("--gpu", metavar="NAME", help="Tell the least time on a GPU such as rtx4090, too.")
+@click.option(
+    "--vram", type=bytes_of, metavar="SIZE", help="Available GPU memory, such as 12GB. Default: that of --gpu."
+)
+@click.option("--gpu", metavar="NAME", help="Also estimate the least time on a GPU such as rtx4090.")
 @sizes("A video size, such as 49x480x720.", "the model's", several=False)
 @click.option("--steps", type=STEPS, default=50, show_default=True, help="Denoising steps of a video.")
-@click.option("--no-guidance", is_flag=True, help="One sample a step instead of two, as with --guidance-scale 1.")
+@click.option("--no-guidance", is_flag=True, help="One sample per step instead of two, as with --guidance-scale 1.")
 @ENGINES_DIR
 @reporting
 def plan(

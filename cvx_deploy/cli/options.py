@@ -38,7 +38,7 @@ def reporting(function: Callable[..., Result]) -> Command:
     """Give a command ``--json`` and ``--quiet``, hand it a `Progress`, and print what it returns."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-    @click.option("--quiet", "-q", is_flag=True, help="No progress bars and notes.")
+    @click.option("--quiet", "-q", is_flag=True, help="Show no progress bars and no notes.")
     @functools.wraps(function)
     def command(*, as_json: bool, quiet: bool, **options: Any) -> None:
         progress: Progress = SilentProgress() if quiet else RichProgress()
@@ -128,10 +128,10 @@ def sizes(shape: str, default: str, *, several: bool) -> Callable[[Command], Com
 
 def which_bundle(command: Command) -> Command:
     """Give a command the options that name a bundle, as one argument ``path``; `run` and `bench` do without them."""
-    help_of_model = f"The bundle NAME in the engines folder; {' and '.join(MINIATURES)} are always there."
+    help_of_model = f"The bundle of that name in the engines folder; {' and '.join(MINIATURES)} are always there."
 
     @click.option("--model", metavar="NAME", callback=plain_name, help=help_of_model)
-    @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="A bundle anywhere.")
+    @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="The folder of a bundle, anywhere.")
     @ENGINES_DIR
     @functools.wraps(command)
     def named(*, model: str | None, bundle: Path | None, engines_dir: Path, **options: Any) -> Any:
@@ -157,12 +157,15 @@ ENGINES_DIR = click.option(
     envvar="CVX_ENGINES_DIR",
     show_default=True,
     show_envvar=True,
-    help="Where bundles live by their names.",
+    help="The folder that holds bundles by their names.",
 )
 
 
 MOVED_CHECKPOINT = click.option(
-    "--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Where the bundle's weights have moved to."
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the bundle's weights lie now, if they have moved.",
 )
 
 

@@ -36,9 +36,12 @@ class _Ranking:
 @click.option("--offline", is_flag=True, help="Use what has been fetched before, and no network.")
 @click.option("--shape", type=shape_of, metavar="FxHxW", help="The video size. Default: the model's.")
 @click.option(
-    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="A prompt a line. Default: 64 of ours."
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A text file with one prompt per line. Default: 64 that come with the package.",
 )
-@click.option("--num-prompts", type=int, metavar="N", help="How many of them to use, the first ones. Default: all.")
+@click.option("--num-prompts", type=int, metavar="N", help="Use only the first N prompts. Default: all.")
 @click.option(
     "--steps",
     type=click.IntRange(max=MOST_STEPS),
@@ -50,13 +53,19 @@ class _Ranking:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first prompt's noise.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
 @click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: the checkpoint's own type.")
-@click.option("--sensitivity", is_flag=True, help="Rank what suffers from quantization, in place of a table.")
+@click.option(
+    "--sensitivity", is_flag=True, help="Rank what suffers most from quantization, instead of writing a table."
+)
 @click.option("--precision", default="int8", show_default=True, help="With --sensitivity: the scheme to judge.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="With --sensitivity: the table.")
 @click.option("--by", type=click.Choice(["block", "layer"]), default="block", show_default=True, help="What to rank.")
 @click.option("--min-psnr", type=float, metavar="DB", help="With --sensitivity: exclude places until this is reached.")
 @click.option(
-    "--show", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Print a table; two: compare."
+    "--show",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Print a table; given twice, compare two.",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: in the engines folder.")
 @ENGINES_DIR

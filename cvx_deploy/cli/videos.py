@@ -31,47 +31,85 @@ def _devices(text: str) -> tuple[int, ...]:
 
 @cli.command()
 @which_bundle
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show; give it again for more videos.")
-@click.option("--negative-prompt", default="", metavar="TEXT", help="What to keep away from.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show; repeat it for several videos.")
+@click.option("--negative-prompt", default="", metavar="TEXT", help="What the video should not show.")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
-@click.option("--video", type=click.Path(path_type=Path), metavar="FILE|DIR", help="A clip or frames to start from.")
-@click.option("--strength", type=float, default=0.8, show_default=True, help="How much of --video is remade, up to 1.")
+@click.option(
+    "--video", type=click.Path(path_type=Path), metavar="FILE|DIR", help="A clip, or a folder of frames, to start from."
+)
+@click.option(
+    "--strength",
+    type=float,
+    default=0.8,
+    show_default=True,
+    help="Denoising strength for --video, above 0 and up to 1: 1 keeps nothing of it.",
+)
 @click.option("--steps", type=int, help="Denoising steps. Default: the bundle's own, 50 for the published models.")
 @click.option(
     "--guidance-scale",
     type=float,
     help="How strongly the prompt steers; 1 turns guidance off. Default: the bundle's own, 6 for the published models.",
 )
-@click.option("--dynamic-cfg", is_flag=True, help="Vary the guidance scale over the steps.")
-@click.option("--fast", is_flag=True, help="Run half of the steps and forecast the others: little is lost.")
-@click.option("--cache", type=click.Choice(["fixed", "adaptive"]), help="Forecast steps, evenly or where it is safe.")
-@click.option("--cache-speedup", type=float, help="How many times less work --cache fixed makes. Default: 2.")
-@click.option("--cache-tolerance", type=float, help="How far --cache adaptive may stray. Default: 0.1, dpm 0.05.")
+@click.option("--dynamic-cfg", is_flag=True, help="Let the guidance scale change over the steps, as diffusers does.")
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="Run half of the steps and forecast the others: see docs/step-cache.md for what is lost.",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["fixed", "adaptive"]),
+    help="Forecast steps: at places fixed beforehand, or where the prediction changes little.",
+)
+@click.option(
+    "--cache-speedup", type=float, help="For --cache fixed: by what factor transformer calls are reduced. Default: 2."
+)
+@click.option(
+    "--cache-tolerance",
+    type=float,
+    help="For --cache adaptive: how much the prediction may have changed before a step is run. Default: 0.1, dpm 0.05.",
+)
 @click.option("--scheduler", type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first video; the next has one more.")
-@click.option("--num-videos", type=int, default=1, show_default=True, help="Videos a prompt.")
-@click.option("--vae-tiling", is_flag=True, help="Decode tile by tile: less memory, slightly other pixels.")
-@click.option("--save-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Keep the finished latents.")
-@click.option("--from-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Only decode these latents.")
-@click.option("--contact-sheet", type=click.Path(path_type=Path), metavar="FILE.png", help="Picture some frames, too.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the first video; each next video takes one more."
+)
+@click.option("--num-videos", type=int, default=1, show_default=True, help="Videos per prompt.")
+@click.option("--vae-tiling", is_flag=True, help="Decode tile by tile: less memory, slightly different pixels.")
+@click.option("--save-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Save the finished latents.")
+@click.option(
+    "--from-latents",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npy",
+    help="Decode these finished latents, and denoise nothing.",
+)
+@click.option(
+    "--contact-sheet",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Save a picture of some frames as well.",
+)
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
     default="onnxruntime",
     show_default=True,
-    help="What runs it: the CPU, or a GPU. What the tensorrt kinds run, cvx-deploy build compiles.",
+    help="What runs the networks. The tensorrt engines need cvx-deploy build first.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1, MOST_THREADS),
-    help="CPU threads of onnxruntime and openvino. Default: one a core.",
+    help="CPU threads of onnxruntime and openvino. Default: one per core.",
 )
-@click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs, which share the videos out. Default: 0.")
-@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory a tensorrt kind may use, such as 12GB.")
-@click.option("--no-cuda-graphs", is_flag=True, help="Let a tensorrt kind start its kernels one by one.")
-@click.option("--prompt-cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompts' embeddings here.")
-@click.option("--check-finite", is_flag=True, help="Stop at the first NaN or infinity of any network: slow.")
+@click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs to spread the videos over. Default: 0.")
+@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@click.option(
+    "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
+)
+@click.option(
+    "--prompt-cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompt embeddings in this folder."
+)
+@click.option("--check-finite", is_flag=True, help="Stop at the first NaN or infinity that any network puts out. Slow.")
 @MOVED_CHECKPOINT
 @click.option(
     "--output",
@@ -103,8 +141,8 @@ def run(
 ) -> Result:
     """Make videos from prompts, and from an image or a video where the model takes one.
 
-    Without --model and --bundle a miniature makes it that comes with the package: mini, or with an image mini-i2v. It
-    knows one shape that moves, and nothing else.
+    Without --model and --bundle, a miniature that comes with the package is used: mini, or mini-i2v with --image. It
+    draws one simple shape that moves, and nothing else.
 
     \b
     Examples:
