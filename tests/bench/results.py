@@ -27,6 +27,7 @@ def peer(name: str, seconds: tuple[float, ...], psnr: float | None = None) -> Pe
         psnr=psnr,
         build_seconds={},
         sizes={"weights": 5_000_000},
+        first_seconds=2.5,
     )
 
 

@@ -48,4 +48,4 @@ def test_markdown_says_what_was_not_measured_and_how_the_rest_was() -> None:
     text = report(results())
     assert "- fp8: measured beside engines for GPUs only" in text
     assert "- seconds: a clock" in text
-    assert "| onnxruntime | 1.1 s (1 to 1.2) | 2.00 (2.00 to 2.00) | 3,273 |" in text
+    assert "| onnxruntime | 1.1 s (1 to 1.2) | 2.00 (2.00 to 2.00) | 4 s | 3,273 |" in text
