@@ -31,11 +31,10 @@ def known_sha256(path: Path, progress: Progress) -> str:
     Raises:
         OSError: It cannot be read.
     """
-    stamp = _stamp(path)
+    stamp, size = _stamp(path), path.stat().st_size
     with _LOCK:
-        found = _KNOWN.get(stamp) or _kept().get(stamp)
+        found = _KNOWN.get(stamp) or (_kept().get(stamp) if size >= _LARGE else None)
     if found is None:
-        size = path.stat().st_size
         with progress.task(f"check {path.name}", size) as advance:
             found = sha256_of(path, advance)
         if _stamp(path) != stamp:  # it was written to meanwhile

@@ -13,7 +13,7 @@ from cvx_deploy.bounds import HIGHEST_SEED, LARGEST_FACTOR, LONGEST_SIDE, LOWEST
 from cvx_deploy.cli.entry import drop_stdout, error_line
 from cvx_deploy.errors import CvxError
 from cvx_deploy.install import pip_install
-from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.miniatures import MINIATURES, bundle_folder
 from cvx_deploy.progress import Progress, RichProgress, SilentProgress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import safe_lines
@@ -139,15 +139,9 @@ def which_bundle(command: Command) -> Command:
             model = "mini" if options["image"] is None else "mini-i2v"
         if (model is None) == (bundle is None):
             raise click.UsageError("name a bundle with --model NAME or --bundle DIR")
-        return command(path=bundle or _place_of(str(model), engines_dir), **options)
+        return command(path=bundle or bundle_folder(str(model), engines_dir), **options)
 
     return named
-
-
-def _place_of(model: str, engines_dir: Path) -> Path:
-    """Return where a model's bundle lies; a miniature that nobody has exported lies in the package."""
-    path = engines_dir / model
-    return miniature(model) if model in MINIATURES and not path.exists() else path
 
 
 ENGINES_DIR = click.option(

@@ -14,6 +14,12 @@ def miniature(name: str) -> Path:
     return Path(__file__).parent / name
 
 
+def bundle_folder(name: str, engines_dir: Path) -> Path:
+    """Return where the bundle of a name lies; a miniature that nobody has exported lies in the package."""
+    path = engines_dir / name
+    return miniature(name) if name in MINIATURES and not path.exists() else path
+
+
 def is_packaged(bundle: Path) -> bool:
     """Whether a bundle is one of the package's own, which nothing may write to."""
     return bundle.resolve() in {miniature(name).resolve() for name in MINIATURES}

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
 from cvx_deploy.engines.residency import Policy
@@ -27,7 +27,7 @@ from cvx_deploy.engines.spec import DEFAULT_OPTIONS, EngineName, EngineOptions, 
 from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixels
-from cvx_deploy.miniatures import MINIATURES, miniature
+from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
 from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
 from cvx_deploy.pipeline.prompt_cache import PromptCache
@@ -51,12 +51,6 @@ class SeededGenerator(Protocol):
 
 Seed = int | SeededGenerator
 OUTPUT_TYPES: Final = ("np", "latent")
-
-
-def bundle_folder(name: str, engines_dir: Path | str = "engines") -> Path:
-    """Return where the bundle of a name lies; a miniature that nobody has exported lies in the package."""
-    path = Path(engines_dir) / name
-    return miniature(name) if name in MINIATURES and not (path / MANIFEST).exists() else path
 
 
 class Pipeline:
@@ -167,7 +161,7 @@ class Pipeline:
             engines_dir: Where bundles live by their names.
             options: See `from_bundle`.
         """
-        return cls.from_bundle(bundle_folder(name, engines_dir), **options)
+        return cls.from_bundle(bundle_folder(name, Path(engines_dir)), **options)
 
     def __call__(
         self,

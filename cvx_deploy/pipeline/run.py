@@ -143,6 +143,8 @@ def events(
     Raises:
         CvxError: As `run` does.
     """
+    if request.from_latents is None:
+        _check_task(backend, request)  # before anything is loaded for it
     for role, sizes in networks_needed(backend.bundle, request, prompt_cache):
         prefetch(backend, role, sizes)
     if request.from_latents is not None:
@@ -177,7 +179,6 @@ def _denoised(
 ) -> Generator[Event, None, Latents]:
     """Yield every step, and return the finished latents of every video, unpadded."""
     manifest = backend.bundle.manifest
-    _check_task(backend, request)
     report.seeds = request.seeds
     generators = [NoiseGenerator(seed) for seed in report.seeds]
     schedulers = [_scheduler(manifest, request) for _ in generators]

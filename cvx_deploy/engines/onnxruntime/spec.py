@@ -1,7 +1,7 @@
 """What ONNX Runtime says of itself: on a CPU, and on a GPU with its CUDA provider."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,8 @@ def _open_on_cpu(
 ) -> "Iterator[OrtBackend]":
     from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 
-    backend = OrtBackend(bundle, options.threads, progress, residency=options.residency)
-    try:
+    with closing(OrtBackend(bundle, options.threads, progress, residency=options.residency)) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 @contextmanager
@@ -38,12 +35,9 @@ def _open_on_gpu(
 
     check_cuda_package()
     CudaPython().gpu(options.device)  # says of a driver or a device that is missing what ONNX Runtime does not
-    backend = OrtBackend(bundle, None, progress, options.device, residency=options.residency)
-    check_convolution(options.device)  # or a missing cuDNN would show after the prompt, or after all denoising
-    try:
+    with closing(OrtBackend(bundle, None, progress, options.device, residency=options.residency)) as backend:
+        check_convolution(options.device)  # or a missing cuDNN would show after the prompt, or after all denoising
         yield backend
-    finally:
-        backend.close()
 
 
 def _version() -> str:

@@ -1,7 +1,7 @@
 """What OpenVINO says of itself."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,8 @@ def _open(bundle: "Bundle", options: EngineOptions, needed: Needed, progress: Pr
         from cvx_deploy.engines.openvino.backend import OpenVinoBackend
     except ImportError as error:
         raise EngineError(f"openvino is not installed here ({error})", fix=_INSTALL) from error
-    backend = OpenVinoBackend(bundle, options.threads, progress, residency=options.residency)
-    try:
+    with closing(OpenVinoBackend(bundle, options.threads, progress, residency=options.residency)) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 def _version() -> str:
