@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
+_BEGUN = 10  # pieces of waiting after which a thread that was started has begun
 _LISTENING = 0.1  # seconds between two chances for a signal's handler
 
 
@@ -32,13 +33,17 @@ def endable(call: Callable[[], _Result], end: Callable[[], object]) -> _Result:
         finally:
             done.set()
 
-    threading.Thread(target=work, name="engine", daemon=True).start()
+    thread = threading.Thread(target=work, name="engine", daemon=True)
     try:
+        thread.start()  # which waits, and can be interrupted, too
         while not done.wait(_LISTENING):
             pass
     except BaseException:
         end()
-        done.wait()  # what it works on must not go before
+        waited = 0
+        # What it works on must not go before; a thread that never began is not waited for.
+        while not done.wait(_LISTENING) and (thread.ident is not None or waited < _BEGUN):
+            waited += 1
         raise
     if failure:
         raise failure[0]
