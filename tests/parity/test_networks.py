@@ -141,7 +141,9 @@ def test_decoder_chunks_match_diffusers(model_name: str, tiny: Tiny, exported: E
     assert decoder_error(bundle, tiny(model_name), frames) < NETWORK_RELATIVE
 
 
-@pytest.mark.parametrize("frames", [1, 8, 16, 25])  # 1, 2, 4 and 7 latent frames; 9 and 17 are the models' own
+@pytest.mark.parametrize(
+    "frames", [1, *(pytest.param(count, marks=pytest.mark.nightly) for count in (8, 16)), 25]
+)  # 1, 2, 4 and 7 latent frames; 9 and 17 are the models' own
 def test_vae_matches_diffusers_at_every_kind_of_frame_count(frames: int, tiny: Tiny, exported: Exported) -> None:
     bundle = exported("2b", frames=frames)
     assert decoder_error(bundle, tiny("2b"), -(-frames // 4)) < NETWORK_RELATIVE

@@ -168,7 +168,7 @@ def with_ratio(checkpoint: Path, folder: Path, ratio: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), (2, 20), (8, 17)])
+@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), pytest.param(2, 20, marks=pytest.mark.nightly), (8, 17)])
 def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
     ratio: int, frames: int, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -186,7 +186,7 @@ def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
 
 TWO_SHAPES = [
     ("2b", (Shape(9, 48, 176), Shape(8, 80, 64))),
-    ("1.5-5b", (Shape(16, 48, 80), Shape(25, 80, 64))),
+    pytest.param("1.5-5b", (Shape(16, 48, 80), Shape(25, 80, 64)), marks=pytest.mark.nightly),
 ]
 
 
