@@ -1,5 +1,7 @@
 """What a failure advises, held against the real command line: commands parse, options exist, their values are taken."""
 
+import contextlib
+import io
 import re
 import shlex
 import tomllib
@@ -85,11 +87,12 @@ def _command(words: list[str], *, whole: bool) -> Iterator[str]:
     try:
         rest = _filled(shlex.split(" ".join(line[1:])))
         parent = click.Context(cli, info_name="cvx-deploy", **cli.context_settings)
-        command.make_context(name, rest, parent=parent)
+        with contextlib.redirect_stdout(io.StringIO()):  # --help
+            command.make_context(name, rest, parent=parent)
     except (click.UsageError, ValueError) as error:
         yield f"{' '.join(words)}: {error}"
     except click.exceptions.Exit:
-        pass  # --help
+        pass
 
 
 def _filled(words: list[str]) -> list[str]:
