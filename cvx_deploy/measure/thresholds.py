@@ -104,12 +104,13 @@ _FP8 = Thresholds(
 )
 _FP8_ATTENTION = replace(
     _FP8,
-    relative_l2=1.3e-1,
-    drift=2.3e-1,
+    relative_l2=1.4e-1,
+    cosine=1 - 5e-3,
+    drift=4.6e-1,
     psnr=24.0,
-    ssim=0.88,
-    flicker=2e-2,
-    reason="queries, keys, values and weights of attention in 4 bits, too. Transformers were 0.062 off, drift 0.11, "
+    ssim=0.78,
+    flicker=3.1e-2,
+    reason="queries, keys, values and weights of attention in 4 bits, too. Transformers were 0.069 off, drift 0.23, "
     "videos 29.9 dB, lower quartile 27.1",
 )
 
