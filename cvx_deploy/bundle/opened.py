@@ -14,6 +14,8 @@ from cvx_deploy.bundle.command import export_command
 from cvx_deploy.bundle.hashes import known_sha256
 from cvx_deploy.bundle.schema import AGAIN, Manifest, Network, StoredFile, WeightFile, leads_outside, manifest_from_json
 from cvx_deploy.errors import BundleError, OutputError, ShapeError
+from cvx_deploy.families.family import Family
+from cvx_deploy.families.registry import FAMILIES
 from cvx_deploy.files import sha256_of
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.reading import read_whole
@@ -59,6 +61,11 @@ class Bundle:
     def read(cls, path: Path) -> "Bundle":
         """Read the manifest alone; what it names is not looked at."""
         return cls(path, _read_manifest(path))
+
+    @property
+    def family(self) -> Family:
+        """The model family it is of."""
+        return FAMILIES[self.manifest.family]
 
     @property
     def small_files(self) -> tuple[StoredFile, ...]:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from cvx_deploy.bounds import MOST_VIDEOS
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CvxError, OutputError, PromptError
-from cvx_deploy.families.cogvideox import vae
 from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker, check_cache
 from cvx_deploy.pipeline.combinations import check_combination
@@ -164,8 +163,8 @@ def networks_needed(
 ) -> list[tuple[str, dict[str, int]]]:
     """Return the role and the sizes of every network that a run loads, so that one that is missing is known at once."""
     batch = 2 if request.is_guided and not request.parts_branches(devices) else 1
-    vae_facts, shape = bundle.manifest.vae, bundle.shape
-    halves = [vae.DECODER]
+    vae, cut, shape = bundle.manifest.vae, bundle.family.vae, bundle.shape
+    halves = [cut.decoder]
     needed: list[tuple[str, dict[str, int]]] = []
     if request.from_latents is None:
         every = texts(request)
@@ -173,11 +172,11 @@ def networks_needed(
             needed.append(("text_encoder", {"batch": 1}))
         needed += [("modulation", {}), ("transformer", {"batch": batch})]
         if request.image is not None or request.video is not None:
-            halves.append(vae.encoder(vae_facts))
+            halves.append(cut.encoder(vae))
     for half in halves if not request.latents_only else halves[1:]:
         if request.vae_tiling:
-            vae.check_tiles(vae_facts, half, shape)
-        planes = vae.planes(vae_facts, half, shape, tiled=request.vae_tiling)
+            cut.check_tiles(vae, half, shape)
+        planes = cut.planes(vae, half, shape, request.vae_tiling)
         for role in filter(bundle.has, (half.first, half.following)):
             needed += [(role, {"latent_height": height, "latent_width": width}) for height, width in planes]
     return needed

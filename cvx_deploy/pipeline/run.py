@@ -18,7 +18,6 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.engines.backend import Backend, prefetch
 from cvx_deploy.errors import CvxError, MediaError, PromptError, ShapeError
-from cvx_deploy.families.cogvideox.vae import DECODER, encoder
 from cvx_deploy.files import staged_file
 from cvx_deploy.media.contact_sheet import ContactSheet
 from cvx_deploy.media.encoders import VideoFormat
@@ -324,7 +323,7 @@ def _encoded(
     """Return for every video the latents of the image or clip it starts from, (1, f, C, H, W), unscaled."""
     if pixels is None:
         return [None] * len(generators)
-    half = encoder(backend.bundle.manifest.vae)
+    half = backend.bundle.family.vae.encoder(backend.bundle.manifest.vae)
     chunks = vae.count_chunks(backend, half, pixels.shape[2])
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
@@ -337,10 +336,10 @@ def _decoded(
     backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport
 ) -> Generator[Frames, None, None]:
     """Yield the frames of every video, as its chunks decode."""
-    manifest = backend.bundle.manifest
-    chunks = vae.count_chunks(backend, DECODER, latents.shape[1]) * len(latents)
+    manifest, half = backend.bundle.manifest, backend.bundle.family.vae.decoder
+    chunks = vae.count_chunks(backend, half, latents.shape[1]) * len(latents)
     if request.vae_tiling:
-        chunks *= vae.count_tiles(backend, DECODER, *latents.shape[3:])
+        chunks *= vae.count_tiles(backend, half, *latents.shape[3:])
     with progress.task("decode", chunks) as advance:
         for index, clip in enumerate(latents):
             # diffusers computes 1 / scale in double and multiplies

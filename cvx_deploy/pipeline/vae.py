@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.engines.backend import Backend, DeviceTensor, Session
-from cvx_deploy.families.cogvideox.vae import DECODER, Grid, VaeHalf, encoder
+from cvx_deploy.families.cogvideox.vae import Grid, VaeHalf
 from cvx_deploy.pipeline.noise import Generator
 from cvx_deploy.progress import Advance
 
@@ -56,7 +56,7 @@ def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> 
 
 def moments(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Clip:
     """Return what the encoder puts out for a clip: means, then logarithms of variances, (1, 2 C, f, h, w)."""
-    half = encoder(backend.bundle.manifest.vae)
+    half = backend.bundle.family.vae.encoder(backend.bundle.manifest.vae)
     return np.concatenate(list((_tiled if tiled else _chunks)(backend, half, pixels, advance)), axis=2)
 
 
@@ -66,12 +66,12 @@ def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) ->
     Tiled, there is one chunk, at the end: a tile is worked through to its last frame before the next begins, so that
     the caches of one tile alone are held.
     """
-    return (_tiled if tiled else _chunks)(backend, DECODER, latents, advance)
+    return (_tiled if tiled else _chunks)(backend, backend.bundle.family.vae.decoder, latents, advance)
 
 
 def count_tiles(backend: Backend, half: VaeHalf, height: int, width: int) -> int:
     """Return how many tiles diffusers cuts a clip of that height and width (in the half's input) into."""
-    grid = Grid.of(backend.bundle.manifest.vae, half, height, width)
+    grid = backend.bundle.family.vae.grid(backend.bundle.manifest.vae, half, height, width)
     return len(grid.rows.starts) * len(grid.columns.starts)
 
 
@@ -133,7 +133,7 @@ def _frames(backend: Backend, network: str) -> int:
 
 
 def _tiled(backend: Backend, half: VaeHalf, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
-    grid = Grid.of(backend.bundle.manifest.vae, half, *clip.shape[3:])
+    grid = backend.bundle.family.vae.grid(backend.bundle.manifest.vae, half, *clip.shape[3:])
     cuts = {
         (row, column): clip[:, :, :, y : y + grid.rows.tile, x : x + grid.columns.tile]
         for row, y in enumerate(grid.rows.starts)

@@ -35,7 +35,7 @@ from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.sources.checkpoint import PICKLES, Checkpoint, DerivedTensors
 from cvx_deploy.exporters.sources.weights import PlannedTensor, load_tensor, stored_tensors, write_safetensors
 from cvx_deploy.exporters.tracing.contract import TORCH_DTYPES
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.files import sha256_of
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress

@@ -89,7 +89,10 @@ def test_every_network_of_every_model_compiles_as_expected(
         assert store.path(record).stat().st_size == record.file.size > 100_000
         (plan,) = store.plans(record)
         facts = facts_from_graph(
-            graph_of(bundle, record.network), outcome.role, bundle.manifest.networks[record.network].precision
+            graph_of(bundle, record.network),
+            outcome.role,
+            bundle.family.expectation(outcome.role),
+            bundle.manifest.networks[record.network].precision,
         )
         assert judge(plan, facts).ok, judge(plan, facts)
         attentions = sum(node.op_type == "Attention" for node in graph_of(bundle, record.network).node)

@@ -16,9 +16,10 @@ from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, cali
 from cvx_deploy.exporters.quantization.sensitivity import draw, sensitivity
 from cvx_deploy.exporters.reference.streamed import streamed_network
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
-from cvx_deploy.families.cogvideox.layers import leader, quantizable
+from cvx_deploy.families.cogvideox.layers import quantizable
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.quantize.layers import leader
 from cvx_deploy.quantize.prompts import read_prompts
 from cvx_deploy.quantize.recipe import NetworkPrecision
 from cvx_deploy.quantize.table import CalibrationTable
