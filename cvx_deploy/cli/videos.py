@@ -19,6 +19,8 @@ from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import LONGEST_PATH, safe
 
+_DEVICES = "GPUs to spread videos over; two run both branches of guidance of a single one at once. Default: 0."
+
 
 def _devices(text: str) -> tuple[int, ...]:
     """Return the GPUs that 0, or 0,1, means."""
@@ -109,7 +111,7 @@ def _devices(text: str) -> tuple[int, ...]:
     type=click.IntRange(1, MOST_THREADS),
     help="CPU threads of onnxruntime and openvino. Default: one per core.",
 )
-@click.option("--devices", type=_devices, metavar="N[,N]", help="GPUs to spread the videos over. Default: 0.")
+@click.option("--devices", type=_devices, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
@@ -190,6 +192,8 @@ def run(
         report = pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
+    if report.branches_apart:
+        progress.note("both branches of guidance ran at once, on two devices")
     for video, taken in sorted(report.steps.items()):
         progress.note(f"video {video + 1}: {taken}")
     values = {
@@ -198,6 +202,7 @@ def run(
         "seconds": {stage: round(seconds, 4) for stage, seconds in report.stages.items()},
         "cached_prompts": report.cached_prompts,
         "steps": [asdict(report.steps[video]) for video in sorted(report.steps)],
+        "branches_apart": report.branches_apart,
         "shape": str(bundle.shape),
         "engine": engine,
         "precision": bundle.manifest.precision,

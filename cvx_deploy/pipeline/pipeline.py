@@ -64,7 +64,8 @@ class Pipeline:
         bundle: What to run, seen at one of its shapes.
         engine: What runs it.
         options: How.
-        devices: Which GPUs; several share out the videos of a call. An engine for CPUs has one.
+        devices: Which GPUs; several share out the videos of a call, and two the branches of guidance where there is one
+            video. An engine for CPUs has one.
         check_finite: Whether every output of every network is searched for NaN and infinity, which is slow.
         prompt_cache: A folder in which prompts' embeddings are kept.
         progress: Told what goes on.
@@ -124,7 +125,7 @@ class Pipeline:
             engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt or tensorrt-rtx.
             shape: Which of the bundle's video sizes, such as ``"49x480x720"``; None for its first.
             checkpoint: Where the bundle's weights have moved to.
-            devices: Which GPUs; several share out the videos of a call.
+            devices: Which GPUs; several share out the videos of a call, or the branches of guidance of a single one.
             threads: CPU threads; None for one per core.
             vram: Bytes of device memory that compiled engines may use.
             cuda_graphs: Whether compiled engines are launched as CUDA graphs.
@@ -326,7 +327,7 @@ class Pipeline:
             if self._opened is None or self._opened.index != bundle.index:
                 self._stack.close()
                 self._opened = None
-                needed = networks_needed(bundle, request, self._cache)
+                needed = networks_needed(bundle, request, self._cache, len(self._devices))
                 with ExitStack() as stack:
                     self._backends = tuple(
                         stack.enter_context(self._open(bundle, device, needed)) for device in self._devices or (0,)

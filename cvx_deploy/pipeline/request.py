@@ -150,6 +150,10 @@ class RunRequest:
         """Whether there is a second branch, of the negative prompt."""
         return self.guidance_scale > 1
 
+    def parts_branches(self, devices: int) -> bool:
+        """Whether the two branches of guidance run on two devices: those of one video, where there are so many."""
+        return self.is_guided and self.video_count == 1 and devices > 1
+
     @property
     def given(self) -> set[str]:
         """The names of the fields that are not as they are by default."""
@@ -163,9 +167,10 @@ def _differs(value: object, default: object) -> bool:
 
 
 def networks_needed(
-    bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None
+    bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None, devices: int = 1
 ) -> list[tuple[str, dict[str, int]]]:
     """Return the role and the sizes of every network that a run loads, so that one that is missing is known at once."""
+    batch = 2 if request.is_guided and not request.parts_branches(devices) else 1
     vae, cut, shape = bundle.manifest.vae, bundle.family.vae, bundle.shape
     halves = [cut.decoder]
     needed: list[tuple[str, dict[str, int]]] = []
@@ -173,7 +178,7 @@ def networks_needed(
         every = texts(request)
         if every and (prompt_cache is None or len(prompt_cache.read(every)) < len(every)):
             needed.append(("text_encoder", {"batch": 1}))
-        needed += [("modulation", {}), ("transformer", {"batch": 2 if request.is_guided else 1})]
+        needed += [("modulation", {}), ("transformer", {"batch": batch})]
         if request.image is not None or request.video is not None:
             halves.append(cut.encoder(vae))
     for half in halves if not request.latents_only else halves[1:]:

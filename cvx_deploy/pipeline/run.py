@@ -24,6 +24,7 @@ from cvx_deploy.media.encoders import VideoFormat
 from cvx_deploy.media.read import load_image, load_video
 from cvx_deploy.media.write import check_file_place, check_writable, open_writer
 from cvx_deploy.pipeline import vae
+from cvx_deploy.pipeline.branches import denoisers
 from cvx_deploy.pipeline.caching import policy_for
 from cvx_deploy.pipeline.denoising import Videos
 from cvx_deploy.pipeline.devices import share_out
@@ -55,7 +56,8 @@ def run(
         backend: Where everything runs.
         request: What to make.
         progress: Told what goes on.
-        others: More devices, which denoise their share of the videos; the result is that of one.
+        others: More devices, which denoise their share of the videos, or the prompt's branch of a single one; see
+            `pipeline.branches`.
         prompt_cache: Embeddings of earlier runs, and where this one's are kept.
         watch: Told of every step and every piece of a video.
 
@@ -137,7 +139,7 @@ def events(
         request: What to make; its output is not looked at.
         progress: Told what goes on.
         report: Where it is noted what was done when.
-        others: More devices, which denoise their share of the videos.
+        others: More devices; see `run`.
         prompt_cache: Embeddings of earlier runs, and where this one's are kept.
 
     Raises:
@@ -146,8 +148,10 @@ def events(
     _check_kept(backend.bundle, request)  # before anything is loaded for it
     if request.from_latents is None:
         _check_task(backend, request)
-    for role, sizes in networks_needed(backend.bundle, request, prompt_cache):
+    for role, sizes in networks_needed(backend.bundle, request, prompt_cache, 1 + len(others)):
         prefetch(backend, role, sizes)
+    if request.parts_branches(1 + len(others)):
+        prefetch(others[0], "transformer", {"batch": 1})
     if request.from_latents is not None:
         latents = _read_latents(request.from_latents, backend.bundle)
         _check_values(str(request.from_latents), latents, request)
@@ -195,8 +199,11 @@ def _denoised(
     with report.stage("transformer"):
         videos = Videos(backend.bundle, request, schedulers, policies, generators, prompt_embeds, encoded, modulation)
         steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
-        shared = share_out((backend, *others), len(generators), videos.denoised)
-        with progress.task("denoise", steps) as advance, closing(shared):
+        with (
+            progress.task("denoise", steps) as advance,
+            denoisers((backend, *others), request, report) as devices,
+            closing(share_out(devices, len(generators), videos.denoised)) as shared,
+        ):
             for step in shared:
                 advance(1)
                 yield step

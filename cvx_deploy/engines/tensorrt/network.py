@@ -115,5 +115,6 @@ def _refused(parser: Any, library: Library, name: str) -> EngineError:
     operator = first.node_operator()
     where = f"node {first.node_name()} ({operator})" if operator else "the graph"
     reason = " ".join(first.desc().split())
-    fix = _REWRITES.get(operator, "report this with the name of the model; until then run it with --engine onnxruntime")
+    report = f"report it with what cvx-deploy check --engine {library.kind} --reduce leaves of it"
+    fix = _REWRITES.get(operator, f"{report}; until then run it with --engine onnxruntime")
     return EngineError(f"{library.kind} {library.version} refuses {where} of {name}: {reason}", fix=fix)

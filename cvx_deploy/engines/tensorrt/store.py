@@ -95,8 +95,14 @@ class EngineKey:
         for symbol, size in wanted.sizes.items():
             least, _, most = self.profile.get(symbol, (size, size, size))
             if not least <= size <= most:
-                found.append(f"it takes {symbol} {least} to {most}, not {size}")
+                found.append(f"it takes {symbol} {least} to {most}, not {size}{_WHY.get((symbol, size), '')}")
         return found
+
+
+_WHY = {
+    ("batch", 1): ", which a run without guidance needs, and one whose two branches run on two GPUs",
+    ("batch", 2): ", which guidance needs on one GPU",
+}
 
 
 @dataclass(frozen=True)
