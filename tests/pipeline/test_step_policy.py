@@ -245,7 +245,7 @@ def test_no_trend_is_followed_where_guidance_would_multiply_drawn_noise(
     scheduler = make_scheduler(kind, SchedulerConfig(prediction_type="sample", timestep_spacing="trailing"), 20)
     for how in ({"fast": True}, {"cache": "adaptive"}):
         request: Any = RunRequest((PROMPT,), guidance_scale=guidance, **how)
-        policy = policy_for(request, scheduler)
+        policy = policy_for(request, scheduler, Bundle.open(miniature("mini")))
         assert policy is not None
         assert policy.forecast == Forecast("x0", order)
 
