@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 100
 """The most steps a table is made for: the work of finding masks grows with their cube."""
-FEWEST_STEPS = 4
-"""The first two and the last are always run, and one is to be forecast."""
+FEWEST_STEPS = 5
+"""The first three and the last are always run, and one is to be forecast."""
 
 Weights = tuple[Factor, Factor, Factor, Factor]
 Place = Annotated[int, msgspec.Meta(ge=0, lt=MOST_STEPS)]

@@ -65,13 +65,18 @@ class CacheCalibration:
             )
         for speedup in self.speedups:
             check_speedup(speedup, "--speedup")
-            calls, first = round(self.steps / speedup), first_steps(self.steps)
-            if not first < calls < self.steps:
+            calls = round(self.steps / speedup)
+            if not self.first < calls < self.steps:
                 raise CalibrationError(
-                    f"a speedup of {speedup:g} leaves {calls} of {self.steps} steps to run; it takes {first + 1} to "
-                    f"{self.steps - 1}",
+                    f"a speedup of {speedup:g} leaves {calls} of {self.steps} steps to run; "
+                    f"it takes {self.first + 1} to {self.steps - 1}",
                     fix="use a --speedup of 2, or more --steps",
                 )
+
+    @property
+    def first(self) -> int:
+        """How many steps are always run at the start: pure noise, at the first, foretells nothing."""
+        return max(3, first_steps(self.steps))
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -124,7 +129,7 @@ def calibrate_cache(backend: Backend, wanted: CacheCalibration, progress: Progre
         wanted.scheduler,
         wanted.steps,
         wanted.guidance_scale,
-        best_masks(forecasts, wanted.calls, first_steps(wanted.steps)),
+        best_masks(forecasts, wanted.calls, wanted.first),
         digest_of_prompts(wanted.prompts),
         len(wanted.prompts),
         wanted.seed,
