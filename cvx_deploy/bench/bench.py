@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cvx_deploy.bench.peers import EagerPeer, EnginePeer, PeerKind, PeerProcess, Work
-from cvx_deploy.bench.results import SCHEMA_VERSION, BenchResults, Peer, Run
+from cvx_deploy.bench.results import SCHEMA_VERSION, BenchResults, Forecast, Peer, Run
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName
@@ -21,7 +21,9 @@ from cvx_deploy.exporters.reference.checkpoint import Reference, recorded_checkp
 from cvx_deploy.install import pip_install
 from cvx_deploy.measure.baselines import BASELINES, IN_WORDS, Baseline
 from cvx_deploy.measure.conditions import conditions
+from cvx_deploy.measure.difference import video_difference
 from cvx_deploy.measure.memory import GpuMeter, MemoryWatch, Sample, during
+from cvx_deploy.measure.thresholds import FORECAST
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.timing import LOAD, Trace
 from cvx_deploy.progress import Advance, Progress
@@ -56,6 +58,7 @@ class BenchRequest:
         video: One prompt's video; its output is not used.
         runs: Rounds after the warm-up.
         note: What else used the machine.
+        fast: Whether every engine is measured with steps forecast, too.
     """
 
     bundle: Bundle
@@ -65,6 +68,7 @@ class BenchRequest:
     video: RunRequest
     runs: int
     note: str
+    fast: bool = False
 
     @property
     def needs_gpu(self) -> bool:
@@ -80,7 +84,8 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
     """
     bundle, checkpoint = request.bundle, _checkpoint(request, progress)
     baselines, left_out = _baselines(request, checkpoint)
-    kinds: list[PeerKind] = [*baselines, *map(EnginePeer, request.engines)]
+    ways = (False, True) if request.fast else (False,)
+    kinds: list[PeerKind] = [*baselines, *(EnginePeer(engine, way) for engine in request.engines for way in ways)]
     work = Work(bundle.path, bundle.shape, checkpoint, request.video)
     told = _conditions(request, gpu := GpuMeter.open() if request.needs_gpu else None)
     with ExitStack() as stack, progress.task("measure", len(kinds) * (request.runs + 1)) as advance:
@@ -88,9 +93,10 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
         processes = [stack.enter_context(PeerProcess(kind, work)) for kind in kinds]
         opened = [process.opened() for process in processes]
         firsts = _warm_up(processes, folder, advance)
+        forecasts = {kind.name: _forecast(request, kind, folder) for kind in kinds}
         measured = _rounds(request, processes, folder, gpu, advance)
     peers = [
-        _peer(request, process, seconds, first, runs, checkpoint)
+        _peer(request, process, seconds, first, runs, checkpoint, forecasts[process.kind.name])
         for process, seconds, first, runs in zip(processes, opened, firsts, measured, strict=True)
     ]
     manifest, methods = (
@@ -121,6 +127,17 @@ def _warm_up(processes: Sequence[PeerProcess], folder: Path, advance: Advance) -
     return firsts
 
 
+def _forecast(request: BenchRequest, kind: PeerKind, folder: Path) -> Forecast | None:
+    """Hold a first video with steps forecast against that of the same engine's full run."""
+    if not isinstance(kind, EnginePeer) or not kind.fast:
+        return None
+    against = EnginePeer(kind.engine).name
+    apart = video_difference(*(np.load(folder / f"{name}.npy") for name in (kind.name, against)))
+    limits = FORECAST[request.video.scheduler or request.bundle.manifest.scheduler["kind"]]
+    figures = round(apart.psnr, 2), round(apart.ssim, 5), round(apart.flicker, 6)
+    return Forecast(against, *figures, broken=list(apart.beyond(limits)))
+
+
 def _rounds(
     request: BenchRequest, processes: Sequence[PeerProcess], folder: Path, gpu: GpuMeter | None, advance: Advance
 ) -> list[list[_Measured]]:
@@ -145,11 +162,13 @@ def _peer(
     first: tuple[float, float | None],
     measured: list[_Measured],
     checkpoint: Path | None,
+    forecast: Forecast | None,
 ) -> Peer:
     trace, samples, _ = measured[-1]
-    build, sizes = _built(request.bundle, process.kind.name, checkpoint)
+    kind = process.kind
+    build, sizes = _built(request.bundle, kind.engine if isinstance(kind, EnginePeer) else kind.name, checkpoint)
     return Peer(
-        name=process.kind.name,
+        name=kind.name,
         what=_words(request, process),
         open_seconds=round(opened, 3),
         runs=[_run(*one) for one in measured],
@@ -162,6 +181,7 @@ def _peer(
         build_seconds=build,
         sizes=sizes,
         first_seconds=round(first[0], 4),
+        forecast=forecast,
     )
 
 
@@ -193,6 +213,7 @@ def _thinned(samples: list[Sample], most: int = 300) -> list[Sample]:
 def _words(request: BenchRequest, process: PeerProcess) -> str:
     precision = request.bundle.manifest.precision
     what = IN_WORDS.get(process.kind.name, "the bundle, its networks loaded once and kept")
+    what += ", half of the steps forecast" if isinstance(process.kind, EnginePeer) and process.kind.fast else ""
     return f"{precision}: {what}"
 
 

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Networks alone; the latents of every step, too; whole videos, too.",
 )
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="Also hold a video made with run --fast against the engine's own full run, in the bundle's own steps.",
+)
 @click.option("--shape", "shapes", type=shape_of, multiple=True, metavar="FxHxW", help="A size of it. Default: all.")
 @click.option("--prompt", metavar="TEXT", help="What is shown. Default: a red circle.")
 @click.option("--steps", type=STEPS, default=4, show_default=True, help="Denoising steps.")
@@ -48,6 +53,7 @@ def check(
     prompt: str | None,
     steps: int,
     seed: int,
+    fast: bool,
     output: Path | None,
     progress: Progress,
 ) -> Result:
@@ -60,12 +66,14 @@ def check(
       cvx-deploy check --model mini
       cvx-deploy check --model 5b --engine openvino --level networks --output report
     """
+    if fast and level != "video":
+        raise click.UsageError("--fast is judged by whole videos: leave --level out")
     need_export_extra("torch", "diffusers", "transformers", "onnx", "skimage")
     from cvx_deploy.bundle.opened import Bundle
     from cvx_deploy.parity.check import PROMPT, CheckRequest
     from cvx_deploy.testing import parity
 
-    request = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes)  # type: ignore[arg-type]
+    request = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes, fast)  # type: ignore[arg-type]
     found = parity(Bundle.open(path), reference, request, progress, output)
     values = found.as_dict()
     if found.error is not None:
