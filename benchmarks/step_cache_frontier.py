@@ -26,19 +26,16 @@ FEWER = (33, 25, 19, 15, 12, 10)
 FAMILIES = {
     "steps forecast, of 50": re.compile(r"--cache-speedup"),
     "steps forecast, of fewer": re.compile(r"\d+ steps, --fast"),
-    "steps forecast, by the rule": re.compile(r"--cache-tolerance"),
     "fewer steps": re.compile(r"\d+ steps$"),
 }
 
 
 def cases(scheduler: str, steps: int) -> dict[str, dict[str, Any]]:
     """Return what is compared, as `step_cache.cases` does."""
-    tolerances = (0.05, 0.1, 0.2, 0.4) if scheduler == "ddim" else (0.03, 0.05, 0.08, 0.15)
     return {
         FULL: {},
         **{f"--cache-speedup {one:g}": {"cache": "fixed", "cache_speedup": one} for one in SPEEDUPS},
         **{f"{one} steps, --fast": {"num_inference_steps": one, "fast": True} for one in (33, 25)},
-        **{f"--cache-tolerance {one}": {"cache": "adaptive", "cache_tolerance": one} for one in tolerances},
         **{f"{one} steps": {"num_inference_steps": one} for one in FEWER},
     }
 

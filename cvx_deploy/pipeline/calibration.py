@@ -116,13 +116,13 @@ def calibrate_cache(backend: Backend, wanted: CacheCalibration, progress: Progre
         CvxError: As a run of these prompts does.
     """
     bundle, request = backend.bundle, wanted.request
-    scheduler, moments = scheduler_for(bundle.manifest, request), Moments(wanted.steps)
+    scheduler, moments = scheduler_for(bundle.manifest, request), Moments(wanted.steps, wanted.guidance_scale)
     recorded = replace(request, cache=lambda _: _Recorder(scheduler, moments))
     happening: Generator[Event, None, None] = events(backend, recorded, progress, RunReport())
     with closing(happening):
         for _ in happening:
             pass
-    forecasts = forecasts_of(moments, wanted.guidance_scale, scheduler.influence)
+    forecasts = forecasts_of(moments, scheduler.influence, straight=not scheduler.draws_noise)
     return StepTable(
         digest_of(bundle),
         bundle.shape,

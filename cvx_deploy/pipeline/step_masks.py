@@ -1,8 +1,9 @@
 """The best masks for recorded trajectories: how well each step is foretold from any two before it, then which to run.
 
-What is foretold are the clean latents. Of every pair of steps the weights that foretell a third one best are found by
-least squares, for the prompt's branch and for the difference of the branches apart. The mask of so many calls with the
-least sum of squared errors then follows by dynamic programming over the last two steps that were run.
+What is foretold are the clean latents. Where a sampler draws noise, the weights that foretell a step best from two
+before it are found by least squares, for the prompt's branch and for the difference of the branches apart; where it
+draws none, a straight line came nearer to the full run than they did. The mask of so many calls with the least error
+then follows by dynamic programming over the last two steps that were run.
 """
 
 from dataclasses import dataclass
@@ -15,33 +16,43 @@ from cvx_deploy.bundle.step_table import StepMask, Weights
 
 Array = NDArray[np.float64]
 _RIDGE = 1e-9
-"""What pulls the weights towards repeating the last value, over its mean square: a few trajectories tell no more."""
+"""What pulls the weights towards repeating the last value, over its mean square, where two values are nearly one."""
 _DECIMALS = 4
 
 
 class Moments:
     """Mean products of the clean latents of every two steps, over the trajectories that were recorded.
 
+    Each trajectory is divided by how uneven it is, so that a single restless one does not decide for all.
+
+    Args:
+        steps: T.
+        guidance_scale: What the difference of the branches is multiplied by.
+
     Attributes:
         products: (2 T, 2 T): the prompt's branch at T steps, then the difference of the branches at each.
-        count: How many trajectories there were.
+        scale: What that difference counts for: negative + g (prompt - negative) = prompt + (g - 1) (prompt - negative).
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, guidance_scale: float) -> None:
         self.products: Array = np.zeros((2 * steps, 2 * steps))
-        self.count = 0
+        self.scale = max(guidance_scale - 1, 0.0)
 
     def add(self, conditional: list[NDArray[np.float32]], difference: list[NDArray[np.float32]]) -> None:
         """Add a trajectory: the clean latents of each step, any shape; without guidance there is no difference."""
-        steps = len(self.products) // 2
         rows = [values.ravel() for values in (*conditional, *difference)]
-        found = np.zeros((len(rows), len(rows)))
+        found, kept = np.zeros_like(self.products), slice(len(rows))
         for start in range(0, rows[0].size, _PIECE):
             piece = np.stack([row[start : start + _PIECE] for row in rows]).astype(np.float64)
-            found += piece @ piece.T
-        self.products[: len(rows), : len(rows)] += found / rows[0].size
-        self.count += 1
-        assert len(rows) in (steps, 2 * steps)
+            found[kept, kept] += piece @ piece.T
+        self.products += found / (self._unevenness(found) or 1.0)
+
+    def _unevenness(self, products: Array) -> float:
+        """Return the sum of squares of the second differences of what guidance makes of both branches."""
+        steps = len(products) // 2
+        guided = np.hstack([np.eye(steps), self.scale * np.eye(steps)])
+        bends = np.diff(guided, 2, axis=0)
+        return float(np.sum((bends @ products) * bends))
 
 
 _PIECE = 1 << 16  # float32 values are multiplied as float64, so many at a time
@@ -61,26 +72,25 @@ class Forecasts:
     weights: Array
 
 
-def forecasts_of(moments: Moments, guidance_scale: float, influence: Array) -> Forecasts:
+def forecasts_of(moments: Moments, influence: Array, *, straight: bool) -> Forecasts:
     """Fit every forecast. Errors between two runs add up as they are, signs and all; those of others do not.
 
     Args:
         moments: Of full trajectories.
-        guidance_scale: What the difference of the branches is multiplied by.
         influence: (T,): how far the finished latents move with the clean latents of each step.
+        straight: Whether every forecast goes on in a straight line, whatever least squares would say.
     """
-    steps = len(moments.products) // 2
-    products = moments.products / moments.count
+    steps, products = len(moments.products) // 2, moments.products
     costs, weights = np.full((steps,) * 3, np.inf), np.zeros((steps, steps, steps, 4))
-    scale = max(guidance_scale - 1, 0.0)  # negative + g (prompt - negative) = prompt + (g - 1) (prompt - negative)
     for before in range(steps - 1):
         for last in range(before + 1, steps - 1):
             error = np.zeros(2 * steps)  # of what is foretold so far, as factors of the clean latents of all steps
             for step in range(last + 1, steps):
                 costs[before, last, step] = max(error @ products @ error, 0.0)
                 places = np.array([last, before, step])
-                for offset, factor in ((0, influence[step]), (steps, scale * influence[step])):
-                    found = _fitted(products, places + offset)
+                for offset, factor in ((0, influence[step]), (steps, moments.scale * influence[step])):
+                    ahead = (step - last) / (last - before)
+                    found = np.array([1 + ahead, -ahead]) if straight else _fitted(products, places + offset)
                     error[places + offset] += factor * np.append(found, -1)
                     weights[before, last, step, 2 * (offset > 0) :][:2] = found
     return Forecasts(costs, weights)

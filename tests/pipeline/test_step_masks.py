@@ -24,15 +24,15 @@ def trajectories(seed: int, count: int = 2) -> tuple[list[list[np.ndarray]], lis
     return [curve() for _ in range(count)], [curve() for _ in range(count)]
 
 
-def moments_of(seed: int) -> Moments:
-    moments = Moments(STEPS)
-    for conditional, difference in zip(*trajectories(seed), strict=True):
+def moments_of(seed: int, guidance_scale: float = 6.0, count: int = 2) -> Moments:
+    moments = Moments(STEPS, guidance_scale)
+    for conditional, difference in zip(*trajectories(seed, count), strict=True):
         moments.add(conditional, difference)
     return moments
 
 
-def forecasts(seed: int, guidance_scale: float = 6.0) -> Forecasts:
-    return forecasts_of(moments_of(seed), guidance_scale, np.linspace(1, 3, STEPS))
+def forecasts(seed: int, count: int = 2, *, straight: bool = False) -> Forecasts:
+    return forecasts_of(moments_of(seed, count=count), np.linspace(1, 3, STEPS), straight=straight)
 
 
 def cost(found: Forecasts, run: tuple[int, ...]) -> float:
@@ -50,34 +50,46 @@ def test_no_other_mask_of_so_many_calls_costs_less(seed: int, first: int) -> Non
         assert len(mask.weights) == STEPS - calls
 
 
-def test_a_gap_costs_what_its_forecasts_get_wrong_together() -> None:
-    """Of running 1, 3 and then 6: the errors at 4 and 5, times their influence, summed up, and squared."""
-    found, (conditional, difference) = forecasts(3), trajectories(3)
-    influence, squares = np.linspace(1, 3, STEPS), []
-    for ours, theirs in zip(conditional, difference, strict=True):
+@pytest.mark.parametrize("straight", [False, True])
+def test_a_gap_costs_what_its_forecasts_get_wrong_together(straight: bool) -> None:
+    """The errors of all steps in between, times their influence, summed up, and squared."""
+    found, (conditional, difference) = forecasts(3, count=1, straight=straight), trajectories(3, 1)
+    influence = np.linspace(1, 3, STEPS)
+
+    def square(before: int, last: int, following: int) -> float:
         error = np.zeros(VALUES)
-        for step in (4, 5):
-            weights = found.weights[1, 3, step]
-            prompt = weights[0] * ours[3] + weights[1] * ours[1] - ours[step]
-            apart = weights[2] * theirs[3] + weights[3] * theirs[1] - theirs[step]
-            error += influence[step] * (prompt + 5 * apart)
-        squares.append(np.mean(error**2))
-    assert found.costs[1, 3, 6] == pytest.approx(np.mean(squares), rel=FORECAST_ROUNDING)
+        for step in range(last + 1, following):
+            weights = found.weights[before, last, step]
+            for factor, ((ours,), first) in zip((1, 5), ((conditional, 0), (difference, 2)), strict=True):
+                foretold = weights[first] * ours[last] + weights[first + 1] * ours[before]
+                error += influence[step] * factor * (foretold - ours[step])
+        return float(np.sum(error**2))
+
+    ratio = found.costs[1, 3, 6] / found.costs[2, 4, 7]
+    assert ratio == pytest.approx(square(1, 3, 6) / square(2, 4, 7), rel=FORECAST_ROUNDING)
     assert np.isinf(found.costs[3, 1, 6])
 
 
-def test_the_weights_are_those_of_least_squares() -> None:
-    conditional, _ = trajectories(0)
-    known = np.stack([np.concatenate([one[step] for one in conditional]) for step in (4, 2)], axis=1)
-    wanted = np.concatenate([one[5] for one in conditional])
-    expected = np.linalg.lstsq(known.astype(np.float64), wanted, rcond=None)[0]
-    assert np.allclose(forecasts(0).weights[2, 4, 5, :2], expected, atol=FORECAST_ROUNDING)
+def test_the_weights_are_those_of_least_squares_or_of_a_straight_line() -> None:
+    conditional, _ = trajectories(0, 1)
+    known = np.stack([conditional[0][step] for step in (4, 2)], axis=1)
+    expected = np.linalg.lstsq(known.astype(np.float64), conditional[0][5], rcond=None)[0]
+    assert np.allclose(forecasts(0, count=1).weights[2, 4, 5, :2], expected, atol=FORECAST_ROUNDING)
+    assert np.allclose(forecasts(0, straight=True).weights[2, 4, 5], [1.5, -0.5, 1.5, -0.5])
+
+
+def test_a_restless_trajectory_counts_no_more_than_a_calm_one() -> None:
+    conditional, difference = trajectories(0, 1)
+    calm, restless = Moments(STEPS, 6.0), Moments(STEPS, 6.0)
+    calm.add(conditional[0], difference[0])
+    restless.add([10 * values for values in conditional[0]], [10 * values for values in difference[0]])
+    assert np.allclose(calm.products, restless.products, rtol=FORECAST_ROUNDING)
 
 
 def test_without_guidance_there_is_no_difference_to_foretell() -> None:
-    moments = Moments(STEPS)
+    moments = Moments(STEPS, 1.0)
     for conditional, _ in zip(*trajectories(0), strict=True):
         moments.add(conditional, [])
-    found = forecasts_of(moments, 1.0, np.ones(STEPS))
+    found = forecasts_of(moments, np.ones(STEPS), straight=False)
     assert np.array_equal(found.weights[2, 4, 5, 2:], [1.0, 0.0])
     assert best_masks(found, (5,), 2)[0].run[-1] == STEPS - 1
