@@ -276,7 +276,7 @@ def measured(lab: Lab, calls: int) -> Iterator[dict[str, Any]]:
             "median": round(statistics.median(found), 1),
             "least": round(found[0], 1),
             "right": int(score(frames, lab.captions).all.right),
-            "run": [step for step, run in enumerate(mask) if run],
+            "run": " ".join(str(step) for step, run in enumerate(mask) if run),
         }
 
 
