@@ -90,7 +90,7 @@ def test_every_link_and_named_file_exists(page: Path) -> None:
 
 
 def test_readme_names_every_command() -> None:
-    assert set(re.findall(r"^\| `cvx-deploy (\w+)` \|", README, re.MULTILINE)) == set(cli.commands)
+    assert set(re.findall(r"^\| `cvx-deploy ([\w-]+)` \|", README, re.MULTILINE)) == set(cli.commands)
 
 
 def test_readme_describes_every_model_as_the_code_does() -> None:

@@ -78,15 +78,15 @@ class Videos:
             yield Step(index, step.index - scheduler.start, count, step.timestep, latents, is_forecast)
         self.finished[index] = latents[:, padding(self.bundle) :]
         if policy is not None:
-            self.taken[index] = _steps_taken(actions, error)
+            self.taken[index] = _steps_taken(actions, error, calibrated=policy.forecast.weights is not None)
 
 
-def _steps_taken(actions: Sequence[Action], error: float | None) -> StepsTaken:
+def _steps_taken(actions: Sequence[Action], error: float | None, *, calibrated: bool) -> StepsTaken:
     run, conditional, forecast = (
         tuple(step for step, action in enumerate(actions) if action == wanted)
         for wanted in ("run", "conditional", "forecast")
     )
-    return StepsTaken(run, conditional, forecast, error)
+    return StepsTaken(run, conditional, forecast, error, calibrated)
 
 
 def _start(

@@ -187,8 +187,8 @@ def _denoised(
     manifest = backend.bundle.manifest
     report.seeds = request.seeds
     generators = [NoiseGenerator(seed, request.latents_dtype) for seed in report.seeds]
-    schedulers = [_scheduler(manifest, request) for _ in generators]
-    policies = [policy_for(request, scheduler) for scheduler in schedulers]
+    schedulers = [scheduler_for(manifest, request) for _ in generators]
+    policies = [policy_for(request, scheduler, backend.bundle) for scheduler in schedulers]
     source = _source_pixels(backend.bundle.shape, request, progress)
     with report.stage("text encoder"):
         prompt_embeds = _prompt_embeds(backend, request, prompt_cache, progress, report)
@@ -289,7 +289,12 @@ def _refuse_video(bundle: Bundle) -> NoReturn:
     )
 
 
-def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
+def scheduler_for(manifest: Manifest, request: RunRequest) -> Scheduler:
+    """Return the sampler of one video, fresh.
+
+    Raises:
+        CvxError: It has no such number of steps, or none to take.
+    """
     kind = request.scheduler or manifest.scheduler["kind"]
     config = SchedulerConfig.from_config({**manifest.scheduler["config"], "_class_name": _SCHEDULER_CLASSES[kind]})
     start = 0

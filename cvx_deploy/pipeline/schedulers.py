@@ -198,6 +198,7 @@ class Scheduler(ABC):
     """
 
     draws_noise: ClassVar[bool] = False
+    _pull: list[np.float32]  # what the clean latents are multiplied by in each step
 
     def __init__(
         self, config: SchedulerConfig, num_inference_steps: int, start: int = 0, kept: Precision = "fp32"
@@ -221,6 +222,16 @@ class Scheduler(ABC):
                 f"scheduler config: prediction_type is 'epsilon', but timestep {self.timesteps[start]} is pure noise",
                 fix="use a checkpoint whose prediction_type is v_prediction, or a timestep_spacing of leading",
             )
+
+    @property
+    def influence(self) -> NDArray[np.float64]:
+        """What an error of each step's clean latents counts for in the finished video, (steps,), by experience.
+
+        A step moves the latents by a share of the clean ones; later steps mend a part of what earlier ones did wrong,
+        but a video's content is decided early. The square root of that share lies between the two, and masks found with
+        it came nearest to the full run; see docs/step-cache.md.
+        """
+        return np.sqrt(np.array(self._pull, np.float64))
 
     @abstractmethod
     def step(self, index: int, model_output: Latents, latents: Latents, generator: Generator) -> Latents:
