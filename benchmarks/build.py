@@ -21,7 +21,7 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.tensorrt.memory import build_memory
 from cvx_deploy.engines.tensorrt.plan_report import describe_plan
 from cvx_deploy.engines.tensorrt.store import EngineStore
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 
 TOOLS = ("tensorrt-rtx-cu13", "onnx", "torch", "diffusers")
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}

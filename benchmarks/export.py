@@ -21,7 +21,7 @@ from pathlib import Path
 
 from report import conditions, write
 
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 
 TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 PLAIN_DEPTHS = (1, 3)

@@ -31,7 +31,7 @@ from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, cali
 from cvx_deploy.exporters.quantization.quantized import Quantizing
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.synth import synthesize
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.graph.rewrites import REWRITES
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.shape import Shape

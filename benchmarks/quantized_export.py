@@ -23,7 +23,7 @@ from report import conditions, write
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.estimate.memory import PrecisionName, weight_bytes
 from cvx_deploy.families.cogvideox.architecture import Architecture
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 
 TOOLS = ("torch", "torchao", "diffusers", "transformers", "onnx-ir", "onnxscript")
 PROGRAM = (sys.executable, "-m", "cvx_deploy")

@@ -17,7 +17,7 @@ from report import conditions, write
 from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
 from cvx_deploy.exporters.sources.synth_configs import transformer_config
 from cvx_deploy.exporters.tracing.graph import graph_from_contract
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.graph.rewrites import rewrite
 from cvx_deploy.precision import Precision
 from cvx_deploy.shape import Shape

@@ -14,31 +14,25 @@ from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import MANIFEST, Bundle, may_replace
 from cvx_deploy.bundle.schema import SCHEMA_VERSION, Defaults, Manifest, Network, ShapeEntry, StoredFile, WeightFile
 from cvx_deploy.errors import CheckpointError, ShapeError
-from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
-from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.cogvideox.tokenizer import disagreement, write_tokenizer_json
-from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
-from cvx_deploy.exporters.cogvideox.vae import VaeContract
+from cvx_deploy.exporters.networks import contracts_for
 from cvx_deploy.exporters.quantization.quantized import QuantizedComponent, Quantizing, quantize_components
-from cvx_deploy.exporters.sources.checkpoint import Checkpoint, sensible_config
+from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.fit import check_fit
 from cvx_deploy.exporters.sources.lora import merge_adapters, read_adapters
 from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.trace import onnx_from_contract, weight_location
-from cvx_deploy.families.cogvideox.models import MODELS, model_with_traits
+from cvx_deploy.families.cogvideox.models import model_with_traits
 from cvx_deploy.families.cogvideox.vae import Vae
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.files import place_file, sha256_of, staged_directory
 from cvx_deploy.pipeline.schedulers import SchedulerConfig
-from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.quantize.recipe import COMPONENTS, Recipe
 from cvx_deploy.shape import Shape
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "optimum")
 _TOKENIZER = "tokenizer.json"
-ENCODER_CHUNK = 8
-"""Video frames that diffusers encodes at a time, whatever the VAE's ratio (``num_sample_frames_batch_size``)."""
-_DECODER_CHUNK = 2  # latent frames, likewise (num_latent_frames_batch_size)
 
 
 @dataclass(frozen=True)
@@ -193,58 +187,6 @@ def named_contracts(
         for shape, contracts in needed.items()
     )
     return {name(contract): contract for contracts in needed.values() for contract in contracts}, entries
-
-
-def contracts_for(checkpoint: Checkpoint, shape: Shape, recipe: Recipe) -> list[NetworkContract]:
-    """Return the contracts of every network that a shape needs."""
-    transformer, vae = checkpoint.configs["transformer"], checkpoint.configs["vae"]
-    temporal = checkpoint.limits.temporal
-    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-    contracts: list[NetworkContract] = []
-    with sensible_config(checkpoint.place("text_encoder")):
-        text_length = transformer["max_text_seq_length"]
-        contracts.append(
-            TextEncoderContract(checkpoint.configs["text_encoder"], recipe.text_encoder.compute, text_length)
-        )
-    with sensible_config(checkpoint.place("transformer")):
-        contracts.append(ModulationContract(transformer, recipe.transformer.compute))
-        contracts.append(TransformerContract(transformer, recipe.transformer.compute, shape, spatial, temporal))
-    with sensible_config(checkpoint.place("vae")):
-        precision = recipe.vae.compute
-        contracts += _encoder_contracts(checkpoint, shape, precision)
-        frames = -(-shape.frames // temporal)
-        contracts += _chunk_contracts(vae, precision, "vae_decoder_first", "vae_decoder_next", frames, _DECODER_CHUNK)
-    return contracts
-
-
-def _encoder_contracts(checkpoint: Checkpoint, shape: Shape, precision: Precision) -> list[NetworkContract]:
-    """Return the encoder's chunks: one image for image-to-video, the whole clip for video-to-video.
-
-    None where diffusers' video-to-video cannot do the shape: it does not pad, and its chunks must give the latent
-    frames that it makes noise for.
-    """
-    vae, traits = checkpoint.configs["vae"], checkpoint.traits
-    if traits.task == "image-to-video":
-        return _chunk_contracts(vae, precision, "vae_encoder", "vae_encoder_next", 1, ENCODER_CHUNK)
-    contracts = _chunk_contracts(vae, precision, "vae_encoder", "vae_encoder_next", shape.frames, ENCODER_CHUNK)
-    temporal, following = checkpoint.limits.temporal, max(shape.frames // ENCODER_CHUNK - 1, 0)
-    latent_frames = -(-shape.frames // temporal)
-    first = shape.frames - following * ENCODER_CHUNK
-    made = -(-first // temporal) + following * -(-ENCODER_CHUNK // temporal)
-    fits = made == latent_frames and latent_frames % (traits.patch_size_t or 1) == 0
-    return list(contracts) if fits else []
-
-
-def _chunk_contracts(
-    vae: dict[str, object], precision: Precision, first: str, following: str, frames: int, chunk: int
-) -> list[NetworkContract]:
-    """Return the first chunk, which takes the frames left over, and the steady one if any follows."""
-    chunks = max(frames // chunk, 1)
-    first_frames = frames - chunk * (chunks - 1)
-    contracts: list[NetworkContract] = [VaeContract(vae, precision, first, first_frames, last=chunks == 1)]
-    if chunks > 1:
-        contracts.append(VaeContract(vae, precision, following, chunk, last=False))
-    return contracts
 
 
 def _check_components(checkpoint: Checkpoint, contracts: dict[str, NetworkContract]) -> None:

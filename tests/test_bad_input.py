@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cvx_deploy.bundle.opened import MANIFEST
-from cvx_deploy.exporters import export
+from cvx_deploy.exporters.networks import contracts_for
 from cvx_deploy.files import staged_directory
 from tests.command import TELLING, Outcome, content, cvx, signalled, spawn, wait_for
 from tests.conftest import Exported, Tiny
@@ -163,8 +163,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(checkpoint: Path, dam
 
 @pytest.mark.export
 def test_a_missing_tensor_is_one_clear_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contracts_for = export.contracts_for
-    monkeypatch.setattr(export, "contracts_for", lambda *words: contracts_for(*words)[:1])
+    monkeypatch.setattr("cvx_deploy.exporters.export.contracts_for", lambda *words: contracts_for(*words)[:1])
     drop_tensor(checkpoint)
     before = content(checkpoint.parent)
     words = ["--model", "5b", "--checkpoint", checkpoint, "--output", checkpoint.parent / "bundle"]
@@ -234,7 +233,7 @@ def test_a_disk_that_runs_full_during_an_export_is_one_clear_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(export, "place_file", full)
+    monkeypatch.setattr("cvx_deploy.exporters.export.place_file", full)
     words = ["--model", "5b", "--checkpoint", tiny("5b"), "--copy-weights", "--output", tmp_path / "bundle"]
     assert "bundle: No space left on device (somewhere). fix: make room" in cvx("export", *words).failure()
     assert content(tmp_path) == {}
@@ -736,7 +735,7 @@ def test_ctrl_c_during_decoding_leaves_no_part_of_a_video(whole: Path, tmp_path:
 # An export that is killed must be a real one, but it need not trace: it announces its first network and waits.
 WAITING_EXPORT = """
 import sys, time
-from cvx_deploy.exporters import export
+from cvx_deploy.exporters.networks import contracts_for
 
 def wait(contract, checkpoint, path, *options):
     path.write_bytes(b"half a network")

@@ -388,6 +388,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
         "seeds": [0],
         "cached_prompts": 0,
         "steps": [],
+        "branches_apart": False,
         "shape": "9x80x112",
         "engine": "onnxruntime",
         "precision": "fp32",

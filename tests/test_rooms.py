@@ -72,3 +72,28 @@ def test_an_import_that_runs_against_them_is_found(tmp_path: Path, line: str) ->
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "new.py").write_text(f"def late() -> None:\n    {line}\n")
     assert len(upwards(tmp_path)) == 1
+
+
+DATA = {"Architecture", "Grid", "Limits", "Model", "SchedulerKind", "Task", "Traits", "Vae", "VaeHalf"}
+"""What a family says; how it says it is behind `cvx_deploy.families.registry`."""
+
+
+def of_one_family(file: Path) -> list[str]:
+    """Return what a file imports from a family's own folder, the types of its data aside."""
+    return [
+        alias.name
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cvx_deploy.families.cogvideox")
+        for alias in node.names
+        if alias.name not in DATA
+    ]
+
+
+def test_nothing_but_an_exporter_knows_a_family_by_name() -> None:
+    files = [file for file in (ROOT / "cvx_deploy").rglob("*.py") if not {"families", "exporters"} & {*file.parts}]
+    assert {file.name: found for file in files if (found := of_one_family(file))} == {}
+
+
+def test_one_that_does_is_found(tmp_path: Path) -> None:
+    (tmp_path / "new.py").write_text("from cvx_deploy.families.cogvideox.vae import DECODER, Vae\n")
+    assert of_one_family(tmp_path / "new.py") == ["DECODER"]

@@ -37,3 +37,6 @@ CALIBRATION_GAIN = 1.0
 
 FORECAST_ROUNDING = 2e-5
 """Largest error of a forecast of values of about 1: a few float32 products, weighted by up to 10 far from the known."""
+
+ROUNDED_OTHERWISE = 2e-3
+"""Largest share of half-precision values that differ, by one step: float32 values 5e-7 apart on two sides of a tie."""

@@ -83,6 +83,7 @@ def assemble(task: Task, parts: Parts, scaling_factor: float, output: Path, size
     )
     pipeline.save_pretrained(output)
     shutil.copy(parts.tokenizer / "spiece.model", output / "tokenizer" / "spiece.model")
+    (output / "tokenizer" / "tokenizer.json").unlink()  # made from the other; published checkpoints have that alone
     weights = sum(p.numel() for part in (network.text_encoder, network.transformer, vae) for p in part.parameters())
     (output / "README.md").write_text(_card(task, output, weights, (vae_steps, steps), parts.score))
 

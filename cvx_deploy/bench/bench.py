@@ -1,11 +1,15 @@
-"""Engines against eager PyTorch, in interleaved rounds: each peer in its own process, watched from this one."""
+"""Engines against eager PyTorch, each peer in its own process, watched from this one.
+
+On a CPU peers take turns, round by round. On a GPU, whose memory they would have to share, each has it to itself.
+"""
 
 import importlib.util
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ _INTERVAL = 0.01
 _IDENTICAL = 150.0  # dB, for a video without any difference
 
 _METHODS = {
-    "seconds": "system's monotonic clock, in the peer's own process; peers take turns, round by round",
+    "seconds": "system's monotonic clock, in the peer's own process; its order stands in the conditions",
     "load": "networks that a peer loads within each run, as cvx-deploy run does; taken out of the stages that wait",
     "step": "from the end of a denoising step to the end of the next, so without the first",
     "first frame": "from the prompt to the first decoded frames on the host",
@@ -88,16 +92,17 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
     kinds: list[PeerKind] = [*baselines, *(EnginePeer(engine, way) for engine in request.engines for way in ways)]
     work = Work(bundle.path, bundle.shape, checkpoint, request.video)
     told = _conditions(request, gpu := GpuMeter.open() if request.needs_gpu else None)
-    with ExitStack() as stack, progress.task("measure", len(kinds) * (request.runs + 1)) as advance:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        processes = [stack.enter_context(PeerProcess(kind, work)) for kind in kinds]
-        opened = [process.opened() for process in processes]
-        firsts = _warm_up(processes, folder, advance)
-        forecasts = {kind.name: _forecast(request, kind, folder) for kind in kinds}
-        measured = _rounds(request, processes, folder, gpu, advance)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress.task("measure", len(kinds) * (request.runs + 1)) as advance,
+    ):
+        take = partial(_measured, work=work, folder=Path(folder), runs=request.runs, gpu=gpu, advance=advance)
+        together = [[kind] for kind in kinds] if request.needs_gpu else [kinds]
+        measured = [one for group in together for one in take(group, reference=kinds[0].name)]
+        forecasts = [_forecast(request, kind, Path(folder)) for kind in kinds]
     peers = [
-        _peer(request, process, seconds, first, runs, checkpoint, forecasts[process.kind.name])
-        for process, seconds, first, runs in zip(processes, opened, firsts, measured, strict=True)
+        _peer(request, kind, one, forecast, checkpoint)
+        for kind, one, forecast in zip(kinds, measured, forecasts, strict=True)
     ]
     manifest, methods = (
         bundle.manifest,
@@ -109,22 +114,69 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
     )  # fmt: skip
 
 
+_IN_ROUNDS = "one run of each peer a round; the peers' processes stay open"
+_ONE_BY_ONE = "all runs of a peer, which has the GPU to itself, then those of the next"
 _ENERGY = "NVML, of the whole GPU, over the run"
-_Measured = tuple[Trace, list[Sample], float | None]
 
 
-def _warm_up(processes: Sequence[PeerProcess], folder: Path, advance: Advance) -> list[tuple[float, float | None]]:
-    """Make the video once with each peer, and return the seconds, and how near to the first peer's it is."""
-    firsts: list[tuple[float, float | None]] = []
-    for process in processes:
-        trace = process.make(folder / f"{process.kind.name}.npy")
-        advance(1)
-        names = (processes[0].kind.name, process.kind.name)
-        reference, video = (np.load(folder / f"{name}.npy").astype(np.float64) for name in names)
-        error = float(np.mean((reference - video) ** 2))
-        psnr = min(-10 * np.log10(error), _IDENTICAL) if error else _IDENTICAL
-        firsts.append((trace.end - trace.start, round(float(psnr), 2) if firsts else None))
-    return firsts
+@dataclass
+class _Measured:
+    """What was measured of a peer.
+
+    Attributes:
+        opened: Seconds until it was ready.
+        first: Seconds of its first run.
+        psnr: How near its first video is to the reference's, in dB; None for the reference itself.
+        runs: Of every run after: the trace, memory while it lasted, and the GPU's energy in joules.
+    """
+
+    name: str
+    opened: float
+    first: float
+    psnr: float | None
+    runs: list[tuple[Trace, list[Sample], float | None]] = field(default_factory=list)
+
+
+def _measured(
+    kinds: Sequence[PeerKind],
+    *,
+    reference: str,
+    work: Work,
+    folder: Path,
+    runs: int,
+    gpu: GpuMeter | None,
+    advance: Advance,
+) -> list[_Measured]:
+    """Measure peers that stay open beside each other, in rounds of one run each.
+
+    `reference` names the peer that all are held against; it is the first of these, or its video lies in `folder`.
+    """
+    with ExitStack() as stack:
+        processes = [stack.enter_context(PeerProcess(kind, work)) for kind in kinds]
+        opened = [process.opened() for process in processes]
+        found = []
+        for process, seconds in zip(processes, opened, strict=True):
+            trace = process.make(folder / f"{process.kind.name}.npy")
+            near = None if process.kind.name == reference else _psnr(folder, reference, process.kind.name)
+            found.append(_Measured(process.kind.name, seconds, trace.end - trace.start, near))
+            advance(1)
+        for _ in range(runs):
+            for process, measured in zip(processes, found, strict=True):
+                before = gpu.joules() if gpu else None
+                with MemoryWatch(process.pid, _INTERVAL, gpu) as watch:
+                    trace = process.make(folder / "video.mp4")
+                after = gpu.joules() if gpu else None
+                joules = None if before is None or after is None else after - before
+                measured.runs.append((trace, watch.samples, joules))
+                advance(1)
+    return found
+
+
+def _psnr(folder: Path, reference: str, name: str) -> float:
+    """Return how near a first video is to the reference's, in dB."""
+    expected, video = (np.load(folder / f"{each}.npy").astype(np.float64) for each in (reference, name))
+    error = float(np.mean((expected - video) ** 2))
+    return round(min(-10 * float(np.log10(error)), _IDENTICAL) if error else _IDENTICAL, 2)
 
 
 def _forecast(request: BenchRequest, kind: PeerKind, folder: Path) -> Forecast | None:
@@ -138,49 +190,25 @@ def _forecast(request: BenchRequest, kind: PeerKind, folder: Path) -> Forecast |
     return Forecast(against, *figures, broken=list(apart.beyond(limits)))
 
 
-def _rounds(
-    request: BenchRequest, processes: Sequence[PeerProcess], folder: Path, gpu: GpuMeter | None, advance: Advance
-) -> list[list[_Measured]]:
-    """Run every peer once a round, and return for each what was measured in its runs."""
-    found: list[list[_Measured]] = [[] for _ in processes]
-    for _ in range(request.runs):
-        for process, runs in zip(processes, found, strict=True):
-            before = gpu.joules() if gpu else None
-            with MemoryWatch(process.pid, _INTERVAL, gpu) as watch:
-                trace = process.make(folder / "video.mp4")
-            after = gpu.joules() if gpu else None
-            joules = None if before is None or after is None else after - before
-            runs.append((trace, watch.samples, joules))
-            advance(1)
-    return found
-
-
 def _peer(
-    request: BenchRequest,
-    process: PeerProcess,
-    opened: float,
-    first: tuple[float, float | None],
-    measured: list[_Measured],
-    checkpoint: Path | None,
-    forecast: Forecast | None,
+    request: BenchRequest, kind: PeerKind, measured: _Measured, forecast: Forecast | None, checkpoint: Path | None
 ) -> Peer:
-    trace, samples, _ = measured[-1]
-    kind = process.kind
+    trace, samples, _ = measured.runs[-1]
     build, sizes = _built(request.bundle, kind.engine if isinstance(kind, EnginePeer) else kind.name, checkpoint)
     return Peer(
-        name=kind.name,
-        what=_words(request, process),
-        open_seconds=round(opened, 3),
-        runs=[_run(*one) for one in measured],
+        name=measured.name,
+        what=_words(request, kind),
+        open_seconds=round(measured.opened, 3),
+        runs=[_run(*one) for one in measured.runs],
         memory=[
             (round(sample.moment - trace.start, 3), sample.resident, sample.private, sample.gpu or 0)
             for sample in _thinned(samples)
         ],
         stage_ends={span.stage: round(span.end - trace.start, 3) for span in trace.spans if span.stage != LOAD},
-        psnr=first[1],
+        psnr=measured.psnr,
         build_seconds=build,
         sizes=sizes,
-        first_seconds=round(first[0], 4),
+        first_seconds=round(measured.first, 4),
         forecast=forecast,
     )
 
@@ -210,10 +238,10 @@ def _thinned(samples: list[Sample], most: int = 300) -> list[Sample]:
     return samples[:: max(len(samples) // most, 1)]
 
 
-def _words(request: BenchRequest, process: PeerProcess) -> str:
+def _words(request: BenchRequest, kind: PeerKind) -> str:
     precision = request.bundle.manifest.precision
-    what = IN_WORDS.get(process.kind.name, "the bundle, its networks loaded once and kept")
-    what += ", half of the steps forecast" if isinstance(process.kind, EnginePeer) and process.kind.fast else ""
+    what = IN_WORDS.get(kind.name, "the bundle, its networks loaded once and kept")
+    what += ", half of the steps forecast" if isinstance(kind, EnginePeer) and kind.fast else ""
     return f"{precision}: {what}"
 
 
@@ -284,5 +312,6 @@ def _conditions(request: BenchRequest, gpu: GpuMeter | None) -> dict[str, Any]:
         threads="each library's own choice",
         warm_up_runs=1,
         runs=request.runs,
-        order="one run of each peer a round; the peers' processes stay open",
+        interleaved=not request.needs_gpu,
+        order=_ONE_BY_ONE if request.needs_gpu else _IN_ROUNDS,
     )

@@ -81,8 +81,9 @@ def summary(results: BenchResults) -> Table:
             row += [_size(peer.median(gpu_peak)), _NONE if used is None else f"{used:,.0f} J"]
         rows.append([*row, _NONE if peer.psnr is None else f"{peer.psnr:.1f} dB"])
     steps, runs = results.conditions["video"]["steps"], results.conditions["runs"]
+    rounds = "interleaved rounds" if results.conditions.get("interleaved", True) else "runs, one peer after another,"
     note = (
-        f"{runs} interleaved rounds of {steps} steps after one that is not counted; medians, in brackets the range. "
+        f"{runs} {rounds} of {steps} steps after one that is not counted; medians, in brackets the range. "
         "Cold is from a process that runs to its first video, with all that is opened and loaded."
     )
     return Table("A video", note, rows)

@@ -21,7 +21,7 @@ from cvx_deploy.cli.options import (
     reporting,
     sizes,
 )
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
@@ -144,7 +144,7 @@ def export(
 
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
     from cvx_deploy.exporters.quantization.quantized import Quantizing
-    from cvx_deploy.families.cogvideox.layers import excluded_places
+    from cvx_deploy.quantize.layers import excluded_places
 
     quantizing = Quantizing(calibration, calibration_any_shape, excluded_places(exclude), quantize_attention)
     request = ExportRequest(model=model, checkpoint=Path(), shapes=shape, quantizing=quantizing, **options)

@@ -1,12 +1,23 @@
 """The command that proves parity."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import SEED, STEPS, Result, need_export_extra, reference, reporting, shape_of, which_bundle
+from cvx_deploy.cli.options import (
+    SEED,
+    STEPS,
+    Result,
+    need_export_extra,
+    need_extra,
+    reference,
+    reporting,
+    shape_of,
+    which_bundle,
+)
 from cvx_deploy.engines.registry import ENGINES
 from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.progress import Progress
@@ -43,6 +54,11 @@ if TYPE_CHECKING:
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write check.json, .md, junit.xml, frames there."
 )
+@click.option(
+    "--reduce",
+    is_flag=True,
+    help="Cut what an engine refuses, or runs wrong, down to the smallest ONNX that still shows it, in --output.",
+)
 @reporting
 def check(
     path: Path,
@@ -55,6 +71,7 @@ def check(
     seed: int,
     fast: bool,
     output: Path | None,
+    reduce: bool,
     progress: Progress,
 ) -> Result:
     """Hold a bundle against diffusers, rung by rung: eager, ONNX, rewritten, quantized, engine.
@@ -65,7 +82,10 @@ def check(
     Examples:
       cvx-deploy check --model mini
       cvx-deploy check --model 5b --engine openvino --level networks --output report
+      cvx-deploy check --model 5b --engine tensorrt-rtx --level networks --reduce --output report
     """
+    if reduce and output is None:
+        raise click.UsageError("--reduce needs --output, for what is left")
     if fast and level != "video":
         raise click.UsageError("--fast is judged by whole videos: leave --level out")
     need_export_extra("torch", "diffusers", "transformers", "onnx", "skimage")
@@ -73,7 +93,10 @@ def check(
     from cvx_deploy.parity.check import PROMPT, CheckRequest
     from cvx_deploy.testing import parity
 
-    request = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes, fast)  # type: ignore[arg-type]
+    if reduce:
+        need_extra("debug", "polygraphy", "onnx_graphsurgeon")
+    asked = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes)  # type: ignore[arg-type]
+    request = replace(asked, fast=fast, reduce=output if reduce else None)
     found = parity(Bundle.open(path), reference, request, progress, output)
     values = found.as_dict()
     if found.error is not None:

@@ -20,7 +20,7 @@ from cvx_deploy.cli.options import (
 )
 from cvx_deploy.engines.registry import ENGINES
 from cvx_deploy.engines.spec import EngineName
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.measure.baselines import BASELINES
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape

@@ -10,7 +10,7 @@ from cvx_deploy.bounds import MOST_STEPS
 from cvx_deploy.cli.checkpoints import fetched
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import ENGINES_DIR, SEED, Result, need_export_extra, plain_name, reporting, shape_of
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 

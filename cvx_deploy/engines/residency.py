@@ -8,10 +8,12 @@ not fit beside others is loaded again once those of the phases that are done hav
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Literal, TypeVar, get_args
 
+from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import OutOfMemoryError
 from cvx_deploy.progress import Progress
 
@@ -128,6 +130,40 @@ class Residency(Generic[S]):
         with ExitStack() as stack:  # all of them, whatever becomes of one
             for held in [self._held.pop(key) for key in keys]:
                 stack.callback(self._close, held.session)
+
+
+class LoadedNetworks(Generic[S]):
+    """The half of a backend that loads networks by role, and keeps or frees them by a policy; see `Backend`.
+
+    Attributes:
+        bundle: What it runs.
+    """
+
+    _loads_ahead = True  # whether a network may be loaded while another one runs
+
+    def __init__(self, bundle: Bundle, policy: Policy, progress: Progress, close: Callable[[S], None]) -> None:
+        self.bundle = bundle
+        self._residency: Residency[S] = Residency(policy, progress, close)
+
+    def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[S]:
+        """Give a network for the block; see `Backend.load`."""
+        return self._residency.hold(role, self._key(role, sizes), partial(self._loaded, self.bundle, role, dict(sizes)))
+
+    def prefetch(self, role: str, sizes: Mapping[str, int]) -> None:
+        """See `Prefetching.prefetch`."""
+        if self._loads_ahead:
+            self._residency.prefetch(self._key(role, sizes), partial(self._loaded, self.bundle, role, dict(sizes)))
+
+    def close(self) -> None:
+        """Free every network."""
+        self._residency.close()
+
+    def _key(self, role: str, sizes: Mapping[str, int]) -> Key:
+        return key_of(self.bundle.network_name(role), sizes)
+
+    def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> S:
+        """Load the network of a role of a bundle, which is the one this backend saw when it was asked for."""
+        raise NotImplementedError
 
 
 def key_of(name: str, sizes: Mapping[str, int]) -> Key:

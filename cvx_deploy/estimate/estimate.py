@@ -23,6 +23,7 @@ from cvx_deploy.estimate.memory import (
 from cvx_deploy.estimate.speed import Speed, speed
 from cvx_deploy.families.cogvideox.architecture import Architecture
 from cvx_deploy.families.cogvideox.models import Limits, Model
+from cvx_deploy.families.registry import FAMILIES
 from cvx_deploy.measure.units import size_text, time_text
 from cvx_deploy.shape import Shape
 
@@ -206,7 +207,7 @@ def plan(
         ShapeError: The model cannot do the shape; the nearest one that it can.
     """
     check_shape(model, shape)
-    architecture, batch = Architecture.of_model(model), 1 + guided
+    architecture, batch = FAMILIES[model.family].architecture(model), 1 + guided
     options = tuple(_option(model, architecture, shape, name, batch, gpu, compiled or {}) for name in PRECISIONS)
     encoder = architecture.vae.parameters("encoder") * 2
     published = sum(weight_bytes(architecture, _native(model)).values())

@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal, cast, get_args
 
-from cvx_deploy.families.cogvideox.architecture import CHUNK, Architecture, Transformer
-from cvx_deploy.families.cogvideox.layers import spared_blocks
+from cvx_deploy.families.cogvideox.architecture import Architecture
 from cvx_deploy.graph.tiled_attention import TILED_CELLS
 from cvx_deploy.precision import SchemeName
 from cvx_deploy.shape import Shape
@@ -39,7 +38,7 @@ _GPU_MODULATION = 26.0  # of its output
 _CPU_TRANSFORMER = 19.2  # beside the scores
 _CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
 _CPU_TEXT = 16.0
-_CPU_DECODER = 11.0
+_CPU_DECODER = 11.0  # without a memory pattern, which would add to it from the second run on
 _CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
 _CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
 """Bytes held for a byte of weights: converted, and arranged for its kernels."""
@@ -92,16 +91,16 @@ def weight_bytes(architecture: Architecture, precision: PrecisionName) -> dict[N
     return {
         "text_encoder": _mixed(text.parameters, text.linear_parameters, item, text_linear),
         "modulation": transformer.modulation_parameters * item,
-        "transformer": _mixed(transformer.parameters, _quantized(transformer, precision), item, linear),
+        "transformer": _mixed(transformer.parameters, _quantized(architecture, precision), item, linear),
         "vae_decoder": architecture.vae.parameters("decoder") * item,
     }
 
 
-def _quantized(transformer: Transformer, precision: PrecisionName) -> int:
+def _quantized(architecture: Architecture, precision: PrecisionName) -> int:
     """Return how many parameters of the transformer have fewer bits than the rest."""
     if precision not in get_args(SchemeName):
         return 0
-    spared = len(spared_blocks(cast(SchemeName, precision), transformer.layers))
+    transformer, spared = architecture.transformer, len(architecture.spared_blocks(cast(SchemeName, precision)))
     return transformer.linear_parameters // transformer.layers * (transformer.layers - spared)
 
 
@@ -202,8 +201,7 @@ def _cpu_transformer(architecture: Architecture, shape: Shape, batch: int) -> in
 
 def _pixel_unit(architecture: Architecture, shape: Shape, item: int) -> int:
     """Return the bytes of the largest chunk's frames, with as many channels as the decoder's last block has."""
-    latent_frames = architecture.latents(shape)[0]
-    chunk = latent_frames if latent_frames < CHUNK else CHUNK + latent_frames % CHUNK
+    chunk = architecture.first_chunk(shape)
     frames = chunk % 2 + (chunk - chunk % 2) * architecture.vae.temporal
     return frames * shape.height * shape.width * architecture.vae.channels[0] * item
 

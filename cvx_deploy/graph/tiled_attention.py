@@ -18,15 +18,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cvx_deploy.bundle.schema import Network
+from cvx_deploy.graph.contrib import DOMAIN, allow_contrib
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 TILED_CELLS = 1024
 """Cells of the latents from which on it pays: below, scores are small, and reading the graph is what takes time."""
-_DOMAIN = "com.microsoft"
 _PLAIN = {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0, "softmax_precision": 1}
 """What an Attention may say besides its scale and its heads: what is so without a word."""
+
+
+def is_transformer(network: Network) -> bool:
+    """Whether a network takes the latents that are denoised."""
+    return any(spec.name == "hidden_states" for spec in network.inputs)
 
 
 def holds_large_scores(network: Network, sizes: dict[str, int]) -> bool:
@@ -38,23 +43,24 @@ def holds_large_scores(network: Network, sizes: dict[str, int]) -> bool:
     return False
 
 
-def attend_in_tiles(graph: bytes) -> bytes:
-    """Return an ONNX file, weights outside of it, with each float32 Attention of three inputs in the other form."""
+def attend_in_tiles(model: "ModelProto") -> int:
+    """Give each float32 Attention of three inputs the other form, and return how many there were."""
     import onnx
 
-    model: ModelProto = onnx.ModelProto.FromString(graph)
     shapes = {value.name: value.type.tensor_type for value in (*model.graph.value_info, *model.graph.input)}
     nodes: list[NodeProto] = []
+    tiled = 0
     for node in model.graph.node:
         tensor = shapes.get(node.input[0]) if _fits(node) else None
         heads = tensor.shape.dim[1].dim_value if tensor is not None and len(tensor.shape.dim) == 4 else 0
         floats = tensor is not None and tensor.elem_type == onnx.TensorProto.FLOAT
         nodes.extend(_tiled(node, heads) if heads and floats else [node])
-    if len(nodes) > len(model.graph.node):
+        tiled += bool(heads and floats)
+    if tiled:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        model.opset_import.append(onnx.helper.make_operatorsetid(_DOMAIN, 1))
-    return bytes(model.SerializeToString())
+        allow_contrib(model)
+    return tiled
 
 
 def _fits(node: "NodeProto") -> bool:
@@ -83,9 +89,7 @@ def _tiled(node: "NodeProto", heads: int) -> Iterator["NodeProto"]:
         yield helper.make_node("Reshape", [f"{name}/rows", f"{node.name}/joined"], [name], f"{name}/Reshape")
     scale = {given.name: given.f for given in node.attribute if given.name == "scale"}
     joined, rows = f"{node.name}/output", f"{node.name}/output/rows"
-    tiles = helper.make_node(
-        "MultiHeadAttention", inputs, [joined], node.name, domain=_DOMAIN, num_heads=heads, **scale
-    )
+    tiles = helper.make_node("MultiHeadAttention", inputs, [joined], node.name, domain=DOMAIN, num_heads=heads, **scale)
     yield tiles
     yield helper.make_node("Reshape", [joined, f"{node.name}/split"], [rows], f"{joined}/Reshape")
     yield helper.make_node("Transpose", [rows], node.output, f"{joined}/Transpose", perm=[0, 2, 1, 3])

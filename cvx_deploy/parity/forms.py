@@ -78,6 +78,7 @@ def _lines(parity: Parity) -> Iterator[str]:
     yield ""
     yield f"{verdict}." if parity.error is None else f"**{parity.error.what}.** {parity.error.fix}."
     yield ""
+    yield from (line for one in parity.reduced for line in (f"{one}.", ""))
     yield f"Held against `{parity.checkpoint}` in diffusers, float32. Engine: {parity.engine}."
     for rung in parity.rungs:
         yield from _rung_lines(rung)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from cvx_deploy.errors import ParityError
 from cvx_deploy.measure.difference import Difference, VideoDifference
 from cvx_deploy.parity.divergence import Layer
+from cvx_deploy.parity.reduction import Reduction
 
 RungName = Literal["eager", "own-type", "onnx", "rewritten", "quantized", "engine"]
 Level = Literal["networks", "trajectory", "video"]
@@ -152,6 +153,7 @@ class Parity:
     Attributes:
         conditions: Versions, machine, seed, steps: all that the figures depend on.
         divergence: Where the networks part that the first failing rung fails in.
+        reduced: The smallest pieces of those networks that still show it, where they were asked for.
         forecasts: What forecasting steps does to a video of each shape, where that was asked for; no parity.
     """
 
@@ -163,6 +165,7 @@ class Parity:
     conditions: dict[str, Any]
     rungs: tuple[Rung, ...]
     divergence: tuple[Divergence, ...] = ()
+    reduced: tuple[Reduction, ...] = ()
     forecasts: tuple[ForecastResult, ...] = ()
 
     @property
@@ -229,7 +232,7 @@ class Parity:
             yield from (f"         {line}" for line in (*summaries(rung), *rung.notes))
             for result in rung.failures:
                 yield f"         {result.subject}: {'; '.join(result.broken)}"
-        yield from map(str, self.divergence)
+        yield from map(str, (*self.divergence, *self.reduced))
         yield from (f"{'FAILED' if one.broken else 'ok':<8} {one}" for one in self.forecasts)
         if self.error is None:  # what is wrong is said on stderr
             yield self.verdict

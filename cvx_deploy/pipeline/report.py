@@ -56,6 +56,7 @@ class RunReport:
         spans: What it did when; a stage may come several times.
         cached_prompts: How many texts' embeddings came from the prompt cache.
         steps: By video, where steps could be forecast.
+        branches_apart: Whether the two branches of guidance ran side by side on two devices.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -63,6 +64,7 @@ class RunReport:
     spans: list[Span] = field(default_factory=list)
     cached_prompts: int = 0
     steps: dict[int, StepsTaken] = field(default_factory=dict)
+    branches_apart: bool = False
 
     @property
     def stages(self) -> dict[str, float]:

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.engines.backend import Backend, DeviceTensor, Session
-from cvx_deploy.families.cogvideox.vae import DECODER, Grid, VaeHalf, encoder
+from cvx_deploy.families.cogvideox.vae import Grid, VaeHalf
 from cvx_deploy.pipeline.noise import Generator
+from cvx_deploy.pipeline.rounding import rounded
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Advance
 
 Clip = NDArray[np.float32]  # (B, C, F, H, W) with B = 1, of pixels in [-1, 1] or of latents
@@ -30,18 +32,22 @@ def count_chunks(backend: Backend, half: VaeHalf, frames: int) -> int:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the encoder says of a clip: a Gaussian of unscaled latents, `mean` and `deviation` (1, C, f, h, w)."""
+    """What the encoder says of a clip: a Gaussian of unscaled latents, `mean` and `deviation` (1, C, f, h, w).
+
+    Drawn latents are rounded to what is `kept`, as the deviation is.
+    """
 
     mean: Clip
     deviation: Clip
+    kept: Precision = "fp32"
 
     def sample(self, generator: Generator) -> Clip:
         """Draw latents (1, C, f, h, w), with one draw of `generator`, as diffusers' ``retrieve_latents`` does."""
-        latents: Clip = self.mean + self.deviation * generator.randn(self.mean.shape)
-        return latents
+        drawn = rounded(self.deviation * generator.randn(self.mean.shape), self.kept)
+        return rounded(self.mean + drawn, self.kept)
 
 
-def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Posterior:
+def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance, kept: Precision = "fp32") -> Posterior:
     """Encode a clip.
 
     Args:
@@ -49,14 +55,17 @@ def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> 
         pixels: (1, 3, F, H, W) in [-1, 1].
         tiled: Whether to work tile by tile.
         advance: Called with 1 after every chunk.
+        kept: The type that latents are kept in.
     """
-    mean, log_variance = np.split(moments(backend, pixels, tiled=tiled, advance=advance), 2, axis=1)
-    return Posterior(mean, np.exp(0.5 * np.clip(log_variance, -30.0, 20.0)))
+    said = rounded(moments(backend, pixels, tiled=tiled, advance=advance), kept)
+    mean, log_variance = np.split(said, 2, axis=1)
+    half = rounded(0.5 * np.clip(log_variance, -30.0, 20.0), kept)
+    return Posterior(mean, rounded(np.exp(half), kept), kept)
 
 
 def moments(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Clip:
     """Return what the encoder puts out for a clip: means, then logarithms of variances, (1, 2 C, f, h, w)."""
-    half = encoder(backend.bundle.manifest.vae)
+    half = backend.bundle.family.vae.encoder(backend.bundle.manifest.vae)
     return np.concatenate(list((_tiled if tiled else _chunks)(backend, half, pixels, advance)), axis=2)
 
 
@@ -66,12 +75,12 @@ def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) ->
     Tiled, there is one chunk, at the end: a tile is worked through to its last frame before the next begins, so that
     the caches of one tile alone are held.
     """
-    return (_tiled if tiled else _chunks)(backend, DECODER, latents, advance)
+    return (_tiled if tiled else _chunks)(backend, backend.bundle.family.vae.decoder, latents, advance)
 
 
 def count_tiles(backend: Backend, half: VaeHalf, height: int, width: int) -> int:
     """Return how many tiles diffusers cuts a clip of that height and width (in the half's input) into."""
-    grid = Grid.of(backend.bundle.manifest.vae, half, height, width)
+    grid = backend.bundle.family.vae.grid(backend.bundle.manifest.vae, half, height, width)
     return len(grid.rows.starts) * len(grid.columns.starts)
 
 
@@ -133,7 +142,7 @@ def _frames(backend: Backend, network: str) -> int:
 
 
 def _tiled(backend: Backend, half: VaeHalf, clip: Clip, advance: Advance) -> Steps[Clip, None, None]:
-    grid = Grid.of(backend.bundle.manifest.vae, half, *clip.shape[3:])
+    grid = backend.bundle.family.vae.grid(backend.bundle.manifest.vae, half, *clip.shape[3:])
     cuts = {
         (row, column): clip[:, :, :, y : y + grid.rows.tile, x : x + grid.columns.tile]
         for row, y in enumerate(grid.rows.starts)

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from cvx_deploy.families.cogvideox.layers import leader
 from cvx_deploy.graph.patterns import constant_node, made, producer
 from cvx_deploy.precision import SCHEMES, Scheme
+from cvx_deploy.quantize.layers import leader
 
 WEIGHT_SCALE, SMOOTHER = "weight_scale", "input_smoother"
 _E4M3_LARGEST = SCHEMES["fp8"].largest

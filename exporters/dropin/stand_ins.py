@@ -13,7 +13,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from cvx_deploy.engines.backend import Backend, DeviceTensor
 from cvx_deploy.errors import CvxError, PromptError
 from cvx_deploy.exporters.dropin.views import Views, in_torch, on_engine, video_frames
-from cvx_deploy.families.cogvideox.vae import DECODER, check_tiles, encoder
 from cvx_deploy.pipeline import vae
 
 MOST_AT_ONCE = 2
@@ -200,11 +199,12 @@ class Vae(StandIn):
         Raises:
             ShapeError: The bundle has no encoder for such clips.
         """
-        half, (_, _, frames, height, width) = encoder(self._views.bundle.manifest.vae), x.shape
+        known, cut = self._views.bundle.manifest.vae, self._views.bundle.family.vae
+        half, (_, _, frames, height, width) = cut.encoder(known), x.shape
         whole = frames if frames > 1 else self._views.bundle.shape.frames  # an image is of a video's first frame
         backend = self._views.of_clip(half, frames, (height, width), whole=whole)
         if self.use_tiling:
-            check_tiles(backend.bundle.manifest.vae, half, backend.bundle.shape)
+            cut.check_tiles(known, half, backend.bundle.shape)
         clips = [clip.detach().float().cpu().numpy() for clip in torch.split(x, 1)]
         moments = [vae.moments(backend, clip, tiled=self.use_tiling, advance=_silent) for clip in clips]
         posterior = DiagonalGaussianDistribution(torch.from_numpy(np.concatenate(moments)).to(x.device, x.dtype))
@@ -216,12 +216,13 @@ class Vae(StandIn):
         Raises:
             ShapeError: The bundle has no decoder for them.
         """
-        known, (_, _, frames, height, width) = self._views.bundle.manifest.vae, z.shape
+        known, cut = self._views.bundle.manifest.vae, self._views.bundle.family.vae
+        _, _, frames, height, width = z.shape
         plane = height * known.spatial, width * known.spatial
         whole = video_frames(self._views.bundle, frames)
-        backend = self._views.of_clip(DECODER, frames, plane, whole=whole)
+        backend = self._views.of_clip(cut.decoder, frames, plane, whole=whole)
         if self.use_tiling:
-            check_tiles(known, DECODER, backend.bundle.shape)
+            cut.check_tiles(known, cut.decoder, backend.bundle.shape)
         made = []
         for clip in torch.split(z, 1):
             values = clip.detach().float().cpu().numpy()

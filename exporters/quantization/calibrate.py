@@ -27,7 +27,6 @@ from cvx_deploy.exporters.reference.eager import device, eager_network, own_prec
 from cvx_deploy.exporters.reference.streamed import streamed_network
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.tracing.contract import TORCH_DTYPES
-from cvx_deploy.families.cogvideox.layers import quantizable
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Advance, Progress
 from cvx_deploy.quantize.prompts import digest_of
@@ -165,7 +164,7 @@ def encode(
     network = streamed_network(checkpoint, "text_encoder", dtype, device())
     tokenizer = T5Tokenizer.from_pretrained(checkpoint.root / "tokenizer")
     pipeline: Any = diffusers.CogVideoXPipeline(tokenizer, network, None, None, None)
-    layers = quantizable("text_encoder", checkpoint.tensors("text_encoder"))
+    layers = checkpoint.family.layers.quantizable("text_encoder", checkpoint.tensors("text_encoder"))
     length = checkpoint.configs["transformer"]["max_text_seq_length"]
     observations.seen = True
     left = request.prompts[done:]
@@ -244,7 +243,7 @@ class Sampler:
 def sampler(request: CalibrationRequest, observations: Observations) -> Iterator[Sampler]:
     """Yield diffusers' pipeline, its transformer observed."""
     sampling = Sampler(request, observations)
-    layers = quantizable("transformer", request.checkpoint.tensors("transformer"))
+    layers = request.checkpoint.family.layers.quantizable("transformer", request.checkpoint.tensors("transformer"))
     with observed(sampling.transformer, layers, "", observations):
         yield sampling
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from cvx_deploy.errors import CalibrationError
-from cvx_deploy.families.cogvideox.layers import leader
+from cvx_deploy.quantize.layers import leader
 
 ATTENTION = ("query", "key", "value")
 

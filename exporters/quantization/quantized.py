@@ -10,10 +10,10 @@ from cvx_deploy.exporters.quantization.calibrate import checkpoint_digest
 from cvx_deploy.exporters.quantization.quantized_weights import LayerWeights, quantize_component
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint, DerivedTensors
 from cvx_deploy.exporters.sources.lora import MERGED
-from cvx_deploy.families.cogvideox.layers import quantizable, sensitive_places, without
 from cvx_deploy.files import sha256_of
 from cvx_deploy.precision import SCHEMES, SchemeName
 from cvx_deploy.progress import Progress
+from cvx_deploy.quantize.layers import without
 from cvx_deploy.quantize.placement import Placement
 from cvx_deploy.quantize.recipe import NetworkPrecision, Recipe
 from cvx_deploy.quantize.table import CalibrationTable
@@ -78,9 +78,10 @@ def quantize_components(
     if table is not None:
         for shape in shapes:
             table.require(checkpoint.traits, checkpoint_digest(checkpoint), shape, quantizing.any_shape)
-    layers = {name: quantizable(name, checkpoint.tensors(name)) for name in components}
+    its = checkpoint.family.layers
+    layers = {name: its.quantizable(name, checkpoint.tensors(name)) for name in components}
     if quantizing.exclude is None:
-        excluded = {name: sensitive_places(name, _scheme(recipe, name), layers[name]) for name in components}
+        excluded = {name: its.sensitive(name, _scheme(recipe, name), layers[name]) for name in components}
     else:
         excluded = _excluded(quantizing.exclude, layers)
     made = {}

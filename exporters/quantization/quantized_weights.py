@@ -27,9 +27,9 @@ from cvx_deploy.exporters.sources.weights import (
     write_safetensors,
 )
 from cvx_deploy.exporters.tracing.contract import TORCH_DTYPES
-from cvx_deploy.families.cogvideox.layers import leader
 from cvx_deploy.precision import SCHEMES, Scheme
 from cvx_deploy.progress import Progress
+from cvx_deploy.quantize.layers import leader
 from cvx_deploy.quantize.placement import SMOOTHER, WEIGHT_SCALE, Placement, group_size
 from cvx_deploy.quantize.recipe import NetworkPrecision
 from cvx_deploy.quantize.table import CalibrationTable

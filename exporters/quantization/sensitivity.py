@@ -20,7 +20,6 @@ from cvx_deploy.errors import RecipeError
 from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, encode, sampler
 from cvx_deploy.exporters.quantization.observe import Observations
 from cvx_deploy.exporters.quantization.quantized_weights import LayerWeights, as_float8
-from cvx_deploy.families.cogvideox.layers import quantizable
 from cvx_deploy.files import staged_file
 from cvx_deploy.precision import SCHEMES
 from cvx_deploy.progress import Progress
@@ -97,7 +96,7 @@ def sensitivity(
         min_psnr: In dB: exclude the most sensitive places until the output is as good as this.
     """
     tensors = request.checkpoint.tensors("transformer")
-    layers = quantizable("transformer", tensors)
+    layers = request.checkpoint.family.layers.quantizable("transformer", tensors)
     weights = LayerWeights("transformer", tensors, request.checkpoint.place, precision, layers, table)
     unseen = Observations()
     with torch.inference_mode(), sampler(request, unseen) as sampling:

@@ -17,15 +17,11 @@ from cvx_deploy.bundle.safetensors import StoredTensor, read_header
 from cvx_deploy.bundle.schema import WeightFile
 from cvx_deploy.errors import CheckpointError, WrongModelError
 from cvx_deploy.exporters.sources.carried import CarriedHashes
-from cvx_deploy.families.cogvideox.models import MODELS, Limits, Task, Traits, model_with_traits
+from cvx_deploy.families.cogvideox.models import Limits, Traits, model_with_traits
+from cvx_deploy.families.registry import MODELS, family_that_runs
 from cvx_deploy.files import sha256_of
 from cvx_deploy.reading import read_whole, reading
 
-PIPELINES: dict[object, Task] = {
-    "CogVideoXPipeline": "text-to-video",
-    "CogVideoXImageToVideoPipeline": "image-to-video",
-    "CogVideoXVideoToVideoPipeline": "text-to-video",
-}
 COMPONENTS = ("text_encoder", "transformer", "vae")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -49,6 +45,7 @@ class Checkpoint:
             or one that holds such a folder as ``transformer``.
 
     Attributes:
+        family: The model family it is of.
         configs: Of every component, with diffusers' defaults for what its file leaves out.
         notes: Where two of its files disagree, and whose word counted.
 
@@ -65,14 +62,16 @@ class Checkpoint:
         self.transformer = None if transformer is None else _transformer_folder(transformer)
         self._made: dict[str, DerivedTensors] = {}
         found = self._holds()
-        if found not in PIPELINES:
+        family = family_that_runs(found)
+        if family is None:
             raise WrongModelError(
                 f"{root} holds {found or 'something without a name'}, not a CogVideoX pipeline",
                 fix=f"use a checkpoint of one of {', '.join(MODELS)}",
             )
+        self.family = family
         self.notes: list[str] = []
         self.configs = self._configs()
-        self.traits = Traits.from_transformer_config(self.configs["transformer"], PIPELINES[found])
+        self.traits = Traits.from_transformer_config(self.configs["transformer"], family.pipelines[str(found)])
 
     def _holds(self) -> object:
         """Return what the folder says it is: a pipeline's class, or where it is a single network, that one's."""

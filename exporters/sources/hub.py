@@ -12,7 +12,7 @@ from typing import Protocol
 
 from cvx_deploy.errors import CheckpointError
 from cvx_deploy.exporters.sources.checkpoint import COMPONENTS, Checkpoint, weight_sources
-from cvx_deploy.families.cogvideox.models import MODELS
+from cvx_deploy.families.registry import MODELS
 from cvx_deploy.progress import Progress
 
 MODELSCOPE = "modelscope://"

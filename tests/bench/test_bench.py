@@ -1,11 +1,27 @@
 """The benchmark, on the miniature: peers make the same video, and what it took is written in three forms."""
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
+from cvx_deploy.bench import bench
+from cvx_deploy.bench.markdown import tables
+from cvx_deploy.bench.peers import PeerKind
 from cvx_deploy.bench.results import BenchResults, read_results
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.spec import EngineName
+from cvx_deploy.exporters.reference.checkpoint import Reference
+from cvx_deploy.measure.memory import GpuMeter
+from cvx_deploy.miniatures import miniature
+from cvx_deploy.pipeline.report import Span
+from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.timing import Trace
+from cvx_deploy.progress import SilentProgress
 from tests.command import Outcome, cvx
 from tests.tolerances import PIXELS_PSNR
 
@@ -101,3 +117,50 @@ def test_an_engine_that_cannot_run_the_bundle_ends_the_benchmark(tmp_path: Path)
     failed = cvx(*WORDS, "--engine", "tensorrt-rtx", "--output", tmp_path)
     assert "tensorrt-rtx: " in failed.failure()
     assert not list(tmp_path.iterdir())
+
+
+class FakeProcess:
+    """A peer's process that only counts how many there are."""
+
+    running: ClassVar[list[str]] = []
+    most: ClassVar[int] = 0
+    order: ClassVar[list[str]] = []
+    pid = os.getpid()
+
+    def __init__(self, kind: PeerKind, _: object) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> "FakeProcess":
+        self.running.append(self.kind.name)
+        FakeProcess.most = max(FakeProcess.most, len(self.running))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running.remove(self.kind.name)
+
+    def opened(self) -> float:
+        return 0.5
+
+    def make(self, output: Path) -> Trace:
+        self.order.append(self.kind.name)
+        if output.suffix == ".npy":
+            np.save(output, np.zeros(3))
+        start = time.monotonic()
+        return Trace(start, start + 1, (Span("vae decode", start, start + 1),), (start, start + 1))
+
+
+@pytest.mark.parametrize(("engines", "most"), [(("onnxruntime", "openvino"), 2), (("onnxruntime-cuda", "tensorrt"), 1)])
+def test_a_gpu_is_one_peers_at_a_time(
+    engines: tuple[EngineName, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "PeerProcess", FakeProcess)
+    monkeypatch.setattr(GpuMeter, "open", lambda: None)
+    FakeProcess.most, FakeProcess.order = 0, []
+    video = RunRequest(("a circle",), "video.mp4", steps=2)
+    request = bench.BenchRequest(Bundle.open(miniature("mini")), engines, (), Reference(), video, 2, "")
+    found = bench.bench(request, SilentProgress())
+    assert FakeProcess.most == most
+    assert [peer.psnr for peer in found.peers] == [None, 150.0]
+    assert found.conditions["interleaved"] is (most > 1)
+    assert FakeProcess.order == ([*engines] * 3 if most > 1 else [engine for engine in engines for _ in range(3)])
+    assert ("one peer after another" in "".join(str(table) for table in tables(found))) is (most == 1)

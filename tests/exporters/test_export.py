@@ -14,7 +14,8 @@ import pytest
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.errors import BundleError, CheckpointError, OutputError, ShapeError
 from cvx_deploy.exporters.cogvideox.vae import VaeContract
-from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, contracts_for, named_contracts, shapes_of
+from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint, named_contracts, shapes_of
+from cvx_deploy.exporters.networks import contracts_for
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.synth_configs import (
     Scale,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cvx_deploy.errors import RecipeError
-from cvx_deploy.families.cogvideox.layers import excluded_places, leader, quantizable, without
+from cvx_deploy.families.cogvideox.layers import quantizable
+from cvx_deploy.quantize.layers import excluded_places, leader, without
 
 NAMES = [
     "patch_embed.proj.weight",

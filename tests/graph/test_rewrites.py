@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from cvx_deploy.exporters.export import ExportRequest, contracts_for, shapes_of
+from cvx_deploy.exporters.export import ExportRequest, shapes_of
+from cvx_deploy.exporters.networks import contracts_for
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.trace import onnx_from_contract, weight_location

@@ -15,7 +15,7 @@ from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import open_backend
 from cvx_deploy.engines.spec import EngineName
-from cvx_deploy.exporters import export
+from cvx_deploy.exporters.cogvideox import networks
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.synth import synthesize
@@ -200,8 +200,8 @@ def test_sizes_of_a_bundle_pass_and_the_one_that_is_wrong_is_named(
 def test_an_encoder_cut_into_other_chunks_than_diffusers_fails_in_a_video_made_from_one(
     chunk: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = with_ratio(tiny("5b"), tmp_path / "checkpoint", 8)
-    monkeypatch.setattr(export, "ENCODER_CHUNK", chunk)
+    folder = with_ratio(tiny("2b"), tmp_path / "checkpoint", 8)
+    monkeypatch.setattr(networks, "ENCODER_CHUNK", chunk)
     request = ExportRequest("mine", folder, frames=17, height=48, width=48)
     bundle = bundle_from_checkpoint(request, tmp_path / "bundle")
     found = climbed(bundle, folder, bundle, level="trajectory", steps=2)

@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +20,10 @@ from cvx_deploy.bundle.schema import Network, dimension
 from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.endable import endable
 from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
-from cvx_deploy.engines.residency import Policy, Residency, key_of
+from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_file
 from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
+from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
@@ -94,7 +94,7 @@ class OrtSession:
             _fail(f"ONNX Runtime failed in {self._name}", error, fix=again, on_gpu=self._memory.on_gpu)
 
 
-class OrtBackend:
+class OrtBackend(LoadedNetworks[OrtSession]):
     """Runs a bundle on the CPU, or on a GPU.
 
     Weights are mapped from where they lie and handed to the session as memory, so that they need not lie beside the
@@ -129,31 +129,15 @@ class OrtBackend:
             _check_quantization(bundle)
         else:
             _check_precision(bundle, reference=reference)
-        self.bundle = bundle
-        self._memory = _Memory(device)
+        self._memory, self._loads_ahead = _Memory(device), device is None
         self._threads = threads
         self._optimized = optimized
         self._progress = progress or SilentProgress()
-        self._residency: Residency[OrtSession] = Residency(residency, self._progress, OrtSession.close)
-
-    def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[OrtSession]:
-        """Give a network for the block; see `Backend.load`."""
-        key = key_of(self.bundle.network_name(role), sizes)
-        return self._residency.hold(role, key, partial(self._loaded, self.bundle, role, dict(sizes)))
-
-    def prefetch(self, role: str, sizes: Mapping[str, int]) -> None:
-        """See `Prefetching.prefetch`; on a GPU nothing is loaded while it works."""
-        if not self._memory.on_gpu:
-            key = key_of(self.bundle.network_name(role), sizes)
-            self._residency.prefetch(key, partial(self._loaded, self.bundle, role, dict(sizes)))
-
-    def close(self) -> None:
-        """Free every network."""
-        self._residency.close()
+        super().__init__(bundle, residency, self._progress, OrtSession.close)
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
         described = bundle.network(role)
-        stored = bundle.onnx_bytes(role)
+        stored = bounded_graph(bundle, role)
         with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
             if self._memory.on_gpu:
                 graph = graph_for_cuda(stored, described)

@@ -2,8 +2,6 @@
 
 import contextlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,10 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, numpy_dtype
 from cvx_deploy.engines.backend import refuse_bfloat16
-from cvx_deploy.engines.residency import Policy, Residency, key_of
+from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import BundleError, EngineError
+from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
@@ -79,7 +78,7 @@ class OpenVinoSession:
             raise
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(LoadedNetworks[OpenVinoSession]):
     """Runs a bundle on the CPU in the bundle's own precision.
 
     Weights are mapped from where they lie and handed over as memory: they need not lie beside the graph, and are
@@ -103,10 +102,8 @@ class OpenVinoBackend:
         *,
         residency: Policy = "resident",
     ) -> None:
-        self.bundle = bundle
-        self._core = openvino.Core()
-        self._progress = progress or SilentProgress()
-        self._residency: Residency[OpenVinoSession] = Residency(residency, self._progress, OpenVinoSession.close)
+        self._core, self._progress = openvino.Core(), progress or SilentProgress()
+        super().__init__(bundle, residency, self._progress, OpenVinoSession.close)
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         for precision in sorted(bundle.manifest.computes_in.difference(precisions())):
             raise EngineError(
@@ -123,20 +120,6 @@ class OpenVinoBackend:
                 f"{bundle.path} multiplies in int8, whose sums overflow in OpenVINO on this CPU: it has no VNNI",
                 fix="run it with --engine onnxruntime, or export with --precision int8wo/fp32 or fp32",
             )
-
-    def load(self, role: str, sizes: Mapping[str, int]) -> AbstractContextManager[OpenVinoSession]:
-        """Give a network for the block; see `Backend.load`."""
-        key = key_of(self.bundle.network_name(role), sizes)
-        return self._residency.hold(role, key, partial(self._loaded, self.bundle, role, dict(sizes)))
-
-    def prefetch(self, role: str, sizes: Mapping[str, int]) -> None:
-        """See `Prefetching.prefetch`."""
-        key = key_of(self.bundle.network_name(role), sizes)
-        self._residency.prefetch(key, partial(self._loaded, self.bundle, role, dict(sizes)))
-
-    def close(self) -> None:
-        """Free every network."""
-        self._residency.close()
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OpenVinoSession:
         described = bundle.network(role)
@@ -177,7 +160,7 @@ class OpenVinoBackend:
         import onnx
 
         with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
-            proto = onnx.ModelProto.FromString(bundle.onnx_bytes(role))
+            proto = onnx.ModelProto.FromString(bounded_graph(bundle, role))
         weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))

@@ -36,7 +36,6 @@ from cvx_deploy.engines.tensorrt.store import (
     gpu_targets,
 )
 from cvx_deploy.errors import BundleError, EngineError
-from cvx_deploy.families.cogvideox.vae import DECODER, encoder, planes
 from cvx_deploy.files import require_space, staged_file
 from cvx_deploy.measure.memory import MemoryWatch
 from cvx_deploy.miniatures import is_packaged
@@ -136,7 +135,8 @@ def _require_fp8(bundle: Bundle, todo: list[Job], targets: tuple[str, ...]) -> N
 def judged(bundle: Bundle, outcome: Outcome) -> list[Findings]:
     """Return the fusion gate's findings, for every target and profile of an engine."""
     graph = onnx_model(bundle, outcome.record.network).graph
-    facts = facts_from_graph(graph, outcome.role, bundle.manifest.networks[outcome.record.network].precision)
+    precision = bundle.manifest.networks[outcome.record.network].precision
+    facts = facts_from_graph(graph, outcome.role, bundle.family.expectation(outcome.role), precision)
     return [judge(plan, facts) for plan in EngineStore(bundle).plans(outcome.record)]
 
 
@@ -165,12 +165,12 @@ def jobs(bundle: Bundle, request: BuildRequest) -> list[Job]:
 
 def _profiles(bundle: Bundle, role: str, shape: Shape, request: BuildRequest) -> Iterator[Profile]:
     """Yield the sizes that a role's network must take at a shape: one set each engine."""
-    vae = bundle.manifest.vae
-    half = encoder(vae) if role.startswith("vae_encoder") else DECODER
+    vae, cut = bundle.manifest.vae, bundle.family.vae
+    half = cut.encoder(vae) if role.startswith("vae_encoder") else cut.decoder
     tiled = request.vae_tiling and role.startswith("vae")
     # The text encoder takes one prompt at a time.
     least, most = request.batch if role == _DENOISER else (1, 1)
-    for height, width in planes(vae, half, shape, tiled=tiled):
+    for height, width in cut.planes(vae, half, shape, tiled):
         yield {
             "batch": (least, most, most),
             "latent_height": (height, height, height),

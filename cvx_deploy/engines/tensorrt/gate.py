@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
 from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
+from cvx_deploy.families.expectation import Expectation
 from cvx_deploy.precision import Precision
 
 if TYPE_CHECKING:
@@ -31,36 +32,12 @@ _LINEAR = {"MatMul", "Gemm", "Conv"}
 
 
 @dataclass(frozen=True)
-class Expectation:
-    """What a kind of network is expected to compile to.
-
-    Attributes:
-        attention: One fused kernel each; in pieces, which is noted and right; or none in the network at all.
-        float32: Words in the names of layers that compute in float32 whatever the network's precision is.
-    """
-
-    attention: Literal["fused", "in pieces", "none"]
-    float32: tuple[str, ...] = ()
-
-
-# By the first word of the role: transformer, text_encoder, vae_encoder, vae_decoder_first, ...
-EXPECTATIONS = {
-    "transformer": Expectation("fused"),
-    "modulation": Expectation("none"),
-    # T5 adds a bias by relative position and a mask to the scores, which TensorRT does not fuse; at 226 tokens, once a
-    # video, they are small. Its feed-forward output overflows float16: transformers keeps that layer in float32.
-    "text": Expectation("in pieces", float32=("DenseReluDense.wo/",)),
-    # CogVideoX's VAE has convolutions and group norms only.
-    "vae": Expectation("none"),
-}
-
-
-@dataclass(frozen=True)
 class NetworkFacts:
     """What the gate must know of the ONNX graph that was compiled.
 
     Attributes:
         role: Such as transformer or vae_decoder_next.
+        expectation: What this kind of network is expected to compile to.
         precision: What it computes in.
         attentions: Names of its Attention nodes, and of the Softmax nodes where attention is decomposed.
         tokens: Sequence lengths that attention runs over.
@@ -69,19 +46,17 @@ class NetworkFacts:
     """
 
     role: str
+    expectation: Expectation
     precision: Precision
     attentions: tuple[str, ...]
     tokens: tuple[int, ...]
     quantized: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
 
-    @property
-    def expectation(self) -> Expectation:
-        """What this kind of network is expected to hold."""
-        return EXPECTATIONS[self.role.partition("_")[0]]
 
-
-def facts_from_graph(graph: "onnx.GraphProto", role: str, precision: Precision) -> NetworkFacts:
+def facts_from_graph(
+    graph: "onnx.GraphProto", role: str, expectation: Expectation, precision: Precision
+) -> NetworkFacts:
     """Read the facts from an ONNX graph; shapes are those it notes for its inner tensors (``value_info``)."""
     shapes = {value.name: _known_sizes(value) for value in (*graph.value_info, *graph.input)}
     attentions = [node for node in graph.node if node.op_type in ("Attention", "Softmax")]
@@ -94,6 +69,7 @@ def facts_from_graph(graph: "onnx.GraphProto", role: str, precision: Precision) 
     weights = [weight.dims for weight in graph.initializer if len(weight.dims) == 2]
     return NetworkFacts(
         role=role,
+        expectation=expectation,
         precision=precision,
         attentions=tuple(node.name for node in attentions),
         tokens=tuple(sorted(lengths - {-1})),

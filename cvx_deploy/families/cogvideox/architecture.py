@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from cvx_deploy.families.cogvideox.layers import spared_blocks
 from cvx_deploy.families.cogvideox.models import Model
+from cvx_deploy.precision import SchemeName
 from cvx_deploy.shape import Shape
 
-CHUNK = 2
+_CHUNK = 2
 """Latent frames that the VAE decodes at a time."""
 
 
@@ -252,9 +254,18 @@ class Architecture:
         """Return the tokens that the transformer works on, text included."""
         return self.transformer.tokens(*self.latents(shape))
 
+    def first_chunk(self, shape: Shape) -> int:
+        """Return the latent frames that the VAE decodes first; it is the largest chunk."""
+        frames = self.latents(shape)[0]
+        return frames if frames < _CHUNK else _CHUNK + frames % _CHUNK
+
+    def spared_blocks(self, scheme: SchemeName) -> range:
+        """Return which of the transformer's blocks a scheme leaves as they are where nothing else is asked for."""
+        return spared_blocks(scheme, self.transformer.layers)
+
     def decoder_state(self, shape: Shape) -> int:
         """Return the elements of the decoder's causal caches; 0 for a video of one chunk."""
         frames, height, width = self.latents(shape)
-        if frames <= CHUNK + frames % CHUNK:
+        if frames == self.first_chunk(shape):
             return 0
         return sum(conv.cached(height, width) for conv in self.vae.convolutions("decoder"))

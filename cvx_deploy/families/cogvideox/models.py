@@ -79,6 +79,7 @@ class Model:
     sample_height: int
     sample_width: int
     attention_head_dim: int = 64
+    family: Literal["cogvideox"] = "cogvideox"
 
 
 _T2V: Task = "text-to-video"

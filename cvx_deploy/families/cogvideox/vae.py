@@ -58,7 +58,7 @@ def encoder(vae: Vae) -> VaeHalf:
 DECODER = VaeHalf("vae_decoder_first", "vae_decoder_next", 1)
 
 
-def planes(vae: Vae, half: VaeHalf, shape: Shape, *, tiled: bool) -> list[tuple[int, int]]:
+def planes(vae: Vae, half: VaeHalf, shape: Shape, tiled: bool) -> list[tuple[int, int]]:
     """Return the heights and widths, in latents, that a half works at: the frame's, or each of its tiles' once."""
     height, width = shape.height, shape.width
     if not tiled:

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan, plans_from_messages
 from cvx_deploy.engines.tensorrt.gate import NetworkFacts, facts_from_graph
+from cvx_deploy.families.cogvideox.family import COGVIDEOX
 from cvx_deploy.precision import Precision
 
 # Attention as one node, in pieces, in pieces with a bias, and with a running sum that no fused kernel has.
@@ -121,7 +122,9 @@ def facts(
     quantized: str | None = None,
     role: str = "transformer",
 ) -> NetworkFacts:
-    return facts_from_graph(two_blocks(precision, attention, quantized).graph, role, precision)
+    return facts_from_graph(
+        two_blocks(precision, attention, quantized).graph, role, COGVIDEOX.expectation(role), precision
+    )
 
 
 @cache

@@ -8,12 +8,19 @@ import pytest
 from onnx import TensorProto, helper
 
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
-from cvx_deploy.engines.tensorrt.gate import EXPECTATIONS, Findings, NetworkFacts, facts_from_graph, judge
+from cvx_deploy.engines.tensorrt.gate import Findings, NetworkFacts, facts_from_graph, judge
 from cvx_deploy.engines.tensorrt.kernels import Kernel, KernelTensor
+from cvx_deploy.families.cogvideox.family import COGVIDEOX
 from tests.engines.tensorrt.compiled import BLOCKS, TOKENS, compiled, facts
 
 NODE = "model.transformer_blocks.0.attn1/Attention_1"
-FACTS = NetworkFacts("transformer", "bf16", (NODE,), (331,), (), (80,))
+
+
+def facts_of(role: str) -> NetworkFacts:
+    return NetworkFacts(role, COGVIDEOX.expectation(role), "bf16", (NODE,), (331,), (), (80,))
+
+
+FACTS = facts_of("transformer")
 
 
 def tensor(name: str, *shape: int, dtype: str = "bfloat16") -> KernelTensor:
@@ -86,7 +93,7 @@ def test_the_text_encoders_attention_in_pieces_is_noted() -> None:
 def test_the_text_encoder_may_compute_its_feed_forward_output_in_float32_alone() -> None:
     x = tensor("a", 452, 80, dtype="float32")
     gemm = kernel("wo", kind="gemm", inputs=(x,), constants=(tensor("w", 80, 80, dtype="float32"),), outputs=(x,))
-    text = replace(FACTS, role="text_encoder", precision="fp16")
+    text = replace(facts_of("text_encoder"), precision="fp16")
     allowed = replace(gemm, layers=("block.0.layer.1.DenseReluDense.wo/MatMul_148",))
     assert judge(plan(FUSED, allowed), text).ok
     assert rules(judge(plan(FUSED, allowed), FACTS)) == {"float32"}
@@ -127,7 +134,7 @@ def test_an_attention_kernel_of_no_node_fails() -> None:
 def test_a_transformer_without_attention_fails_and_a_vae_does_not() -> None:
     none = replace(FACTS, attentions=(), tokens=())
     assert rules(judge(plan(), none)) == {"attention"}
-    assert judge(plan(), replace(none, role="vae_decoder_first")).ok
+    assert judge(plan(), replace(none, expectation=COGVIDEOX.expectation("vae_decoder_first"))).ok
 
 
 def test_an_unknown_sequence_length_fails_instead_of_skipping_the_rule() -> None:
@@ -177,7 +184,7 @@ def test_facts_of_a_graph_are_its_attentions_lengths_widths_and_quantized_nodes(
     assert its_facts.attentions == tuple(f"model.transformer_blocks.{i}.attn1/Softmax" for i in range(BLOCKS))
     assert its_facts.tokens == (TOKENS,)
     assert its_facts.widths == (64, 256)
-    assert its_facts.expectation is EXPECTATIONS["transformer"]
+    assert its_facts.expectation.attention == "fused"
 
 
 def test_a_linear_with_a_dequantized_weight_alone_is_not_expected_to_run_quantized() -> None:
@@ -187,4 +194,4 @@ def test_a_linear_with_a_dequantized_weight_alone_is_not_expected_to_run_quantiz
     ]
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])
     graph: onnx.GraphProto = helper.make_graph(nodes, "g", [value], [])
-    assert facts_from_graph(graph, "vae_encoder", "bf16").quantized == ()
+    assert facts_from_graph(graph, "vae_encoder", COGVIDEOX.expectation("vae_encoder"), "bf16").quantized == ()

@@ -16,9 +16,10 @@ from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, cali
 from cvx_deploy.exporters.quantization.sensitivity import draw, sensitivity
 from cvx_deploy.exporters.reference.streamed import streamed_network
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
-from cvx_deploy.families.cogvideox.layers import leader, quantizable
+from cvx_deploy.families.cogvideox.layers import quantizable
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.progress import SilentProgress
+from cvx_deploy.quantize.layers import leader
 from cvx_deploy.quantize.prompts import read_prompts
 from cvx_deploy.quantize.recipe import NetworkPrecision
 from cvx_deploy.quantize.table import CalibrationTable
@@ -187,6 +188,7 @@ def test_the_ranking_leads_to_exclusions_that_reach_the_target(
     assert b"<svg" in draw(asked, tmp_path / "plot.svg").read_bytes()
 
 
+@pytest.mark.nightly
 def test_the_last_blocks_of_the_trained_miniature_suffer_most(tmp_path: Path) -> None:
     checkpoint = Checkpoint(miniature("mini"))
     prompts = ("a red circle moves to the right",)
