@@ -34,6 +34,7 @@ COMMANDS = [
     "refit",
     "run",
     "quantize",
+    "calibrate-cache",
     "bench",
     "check",
     "plan",

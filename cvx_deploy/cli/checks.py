@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Networks alone; the latents of every step, too; whole videos, too.",
 )
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="Also hold a video made with run --fast against the engine's own full run, in the bundle's own steps.",
+)
 @click.option("--shape", "shapes", type=shape_of, multiple=True, metavar="FxHxW", help="A size of it. Default: all.")
 @click.option("--prompt", metavar="TEXT", help="What is shown. Default: a red circle.")
 @click.option("--steps", type=STEPS, default=4, show_default=True, help="Denoising steps.")
@@ -64,6 +69,7 @@ def check(
     prompt: str | None,
     steps: int,
     seed: int,
+    fast: bool,
     output: Path | None,
     reduce: bool,
     progress: Progress,
@@ -80,6 +86,8 @@ def check(
     """
     if reduce and output is None:
         raise click.UsageError("--reduce needs --output, for what is left")
+    if fast and level != "video":
+        raise click.UsageError("--fast is judged by whole videos: leave --level out")
     need_export_extra("torch", "diffusers", "transformers", "onnx", "skimage")
     from cvx_deploy.bundle.opened import Bundle
     from cvx_deploy.parity.check import PROMPT, CheckRequest
@@ -88,7 +96,7 @@ def check(
     if reduce:
         need_extra("debug", "polygraphy", "onnx_graphsurgeon")
     asked = CheckRequest(engine, level, prompt or PROMPT, steps, seed, shapes)  # type: ignore[arg-type]
-    request = replace(asked, reduce=output) if reduce else asked
+    request = replace(asked, fast=fast, reduce=output if reduce else None)
     found = parity(Bundle.open(path), reference, request, progress, output)
     values = found.as_dict()
     if found.error is not None:

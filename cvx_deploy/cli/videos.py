@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -14,6 +14,7 @@ from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bund
 from cvx_deploy.engines.registry import ENGINES, engine_spec
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import LONGEST_PATH, safe
@@ -77,6 +78,13 @@ def _devices(text: str) -> tuple[int, ...]:
 )
 @click.option("--num-videos", type=int, default=1, show_default=True, help="Videos per prompt.")
 @click.option("--vae-tiling", is_flag=True, help="Decode tile by tile: less memory, slightly different pixels.")
+@click.option(
+    "--latents-dtype",
+    type=click.Choice(get_args(Precision)),
+    default="fp32",
+    show_default=True,
+    help="Draw noise and round latents as a diffusers pipeline of this type does.",
+)
 @click.option("--save-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Save the finished latents.")
 @click.option(
     "--from-latents",
@@ -165,12 +173,10 @@ def run(
     check_combination(_given())
     bundle = open_bundle(path, checkpoint)
     defaults = bundle.manifest.defaults
-    request = RunRequest(
-        output=output,
-        steps=defaults.steps if steps is None else steps,
-        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        **options,
-    )
+    if options["from_latents"] is None:
+        options["steps"] = defaults.steps if steps is None else steps
+        options["guidance_scale"] = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    request = RunRequest(output=output, **options)
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
     opened = Pipeline(

@@ -26,9 +26,11 @@ from cvx_deploy.measure.difference import difference, drift, video_difference
 from cvx_deploy.measure.thresholds import THRESHOLDS, Thresholds, coarsest, row_of
 from cvx_deploy.parity.cases import CASES, Arrays, Case, Expected, roles, run_cases
 from cvx_deploy.parity.divergence import Layer, Open, Side, first_layers, first_modules
+from cvx_deploy.parity.forecast import forecast_result
 from cvx_deploy.parity.graph_runner import GraphRunner, graph_runner, last_engine
 from cvx_deploy.parity.ladder import (
     Divergence,
+    ForecastResult,
     Level,
     NetworkResult,
     Parity,
@@ -70,6 +72,7 @@ class CheckRequest:
         steps: Denoising steps of the run that networks' inputs are taken from.
         shapes: Which of the bundle's; all when there are none.
         reduce: A folder for the smallest pieces of networks that the first failing rung refuses or runs wrong.
+        fast: Whether a video with steps forecast is held against the full run, too, in the bundle's own steps.
     """
 
     engine: EngineName | None = None
@@ -79,6 +82,7 @@ class CheckRequest:
     seed: int = 0
     shapes: tuple[Shape, ...] = ()
     reduce: Path | None = None
+    fast: bool = False
 
 
 def check(
@@ -184,8 +188,23 @@ class _Climb:
             told,
             tuple(self.rungs.values()),
         )
-        found = replace(found, divergence=tuple(self._divergence(found.first_failing)))
+        forecasts = tuple(map(self._forecast, self.shapes if self.request.fast else ()))
+        found = replace(found, divergence=tuple(self._divergence(found.first_failing)), forecasts=forecasts)
         return replace(found, reduced=tuple(self._reductions(found.first_failing)))
+
+    def _forecast(self, shape: Shape) -> ForecastResult:
+        """Hold a video with steps forecast against the full run of what the last rung runs on."""
+        view, defaults = self.bundle.at(shape), self.bundle.manifest.defaults
+        wish = wish_of(self.bundle, shape, self.request, self.folder)
+        request = RunRequest(
+            (wish.prompt,),
+            image=wish.image,
+            steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale,
+            seed=wish.seed,
+        )
+        opened = self._opener(self._last_graphs if self.engine is None else "engine")(view)
+        return forecast_result(opened, request, self.folder, self.progress)
 
     def _check_shape(self, shape: Shape, expected: Expected, show: Show) -> None:
         from cvx_deploy.exporters.reference.eager import eager_video

@@ -35,6 +35,11 @@ MEANINGLESS_BESIDE = (
     Rule("fast", ("cache", "cache_speedup", "cache_tolerance"), "it is a choice of these"),
     Rule("latents", ("video",), "both say where to start"),
     Rule("prompt_embeds", ("prompts",), "the embeddings are what a prompt is made into"),
+    Rule(
+        "latents_dtype",
+        ("cache", "cache_speedup", "cache_tolerance", "fast"),
+        "it repeats a pipeline of diffusers, which runs every step",
+    ),
     Rule("each_seed", ("seed",), "every video has a seed of its own"),
 )
 """Beside `option`, each of `beside` would be ignored."""

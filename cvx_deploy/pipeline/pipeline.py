@@ -36,6 +36,7 @@ from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.run import events, run
 from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 from cvx_deploy.pipeline.video import Video
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
 
@@ -215,8 +216,9 @@ class Pipeline:
                 video, the next has one more; ``generator``, a seed for every video, as ints or as objects with
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
-                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``fast``, or ``cache``, fixed or
-                adaptive or a policy of one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps.
+                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
+                the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
+                one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps.
 
         Raises:
             CvxError: As a call does.
@@ -266,6 +268,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         vae_tiling: bool = False,
+        latents_dtype: Precision = "fp32",
         cache: CacheMode | PolicyMaker | None = None,
         cache_speedup: float | None = None,
         cache_tolerance: float | None = None,
@@ -291,6 +294,7 @@ class Pipeline:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             vae_tiling=vae_tiling,
+            latents_dtype=latents_dtype,
             cache=cache,
             cache_speedup=cache_speedup,
             cache_tolerance=cache_tolerance,

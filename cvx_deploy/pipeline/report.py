@@ -30,17 +30,20 @@ class StepsTaken:
         conditional: At these its branch of the prompt alone was, and the negative prompt's was foretold.
         forecast: At these all was foretold.
         error: How far the last step that was run was from its forecast: L2 norm over that of what it said.
+        calibrated: Whether the bundle's own table said which to run, and how to forecast the others.
     """
 
     run: tuple[int, ...]
     conditional: tuple[int, ...]
     forecast: tuple[int, ...]
     error: float | None
+    calibrated: bool = False
 
     def __str__(self) -> str:
         half = f"{len(self.conditional)} by half, " if self.conditional else ""
+        by = ", by the bundle's table" if self.calibrated else ""
         strayed = "" if self.error is None else f"; the last one run was {100 * self.error:.2g}% from its forecast"
-        return f"{len(self.run)} steps run, {half}{len(self.forecast)} forecast{strayed}"
+        return f"{len(self.run)} steps run, {half}{len(self.forecast)} forecast{by}{strayed}"
 
 
 @dataclass

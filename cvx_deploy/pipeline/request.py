@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker, check_cache
 from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
+from cvx_deploy.precision import Precision
 
 Pixels = NDArray[np.float32]
 MOST_GUIDANCE = 1000.0
@@ -47,6 +49,8 @@ class RunRequest:
             would draw; the shape is the padded one of 1.5 models.
         prompt_embeds: What the text encoder would say of each prompt, float32 (prompts, S, D), in the place of
             `prompts`; `negative_prompt_embeds` likewise of the negative prompts.
+        latents_dtype: What a pipeline of diffusers keeps its latents in, and draws noise in: fp32, or fp16 or bf16 for
+            the video of one in half precision.
         latents_only: Whether the run ends with the finished latents.
         cache: Which steps are forecast rather than run: by a mask known before the first step, as their outputs go, or
             as a policy of one's own says (see `pipeline.policy`); None runs all.
@@ -75,6 +79,7 @@ class RunRequest:
     latents: Pixels | None = None
     prompt_embeds: Pixels | None = None
     negative_prompt_embeds: Pixels | None = None
+    latents_dtype: Precision = "fp32"
     latents_only: bool = False
     cache: CacheMode | PolicyMaker | None = None
     cache_speedup: float | None = None
@@ -106,6 +111,9 @@ class RunRequest:
         both = self.save_latents is not None and self.output is not None
         if both and Path(str(self.save_latents)).absolute() == Path(str(self.output)).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
+        if self.latents_dtype not in get_args(Precision):
+            names = " or ".join(get_args(Precision))
+            raise CvxError(f"latents_dtype {self.latents_dtype!r}", fix=f"use {names}")
         self._check_arrays()
 
     def _check_arrays(self) -> None:

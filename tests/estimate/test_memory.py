@@ -193,4 +193,4 @@ def test_tiles_need_a_quarter_of_the_state() -> None:
     known, shape = Architecture.of_model(MODELS["5b"]), Shape(49, 480, 720)
     whole, tile = (gpu_needs(known, at, "fp16", "fp16", 2)["vae_decoder"].state for at in (shape, tiled(shape)))
     assert whole == 4 * tile
-    assert whole == 2 * 2_809_382_400  # FACTS: 2.8 GB of caches at 480x720 in fp16; one set is read, one is written
+    assert whole == 2 * 2_809_382_400  # one set of 2.8 GB at 480x720 in fp16 is read, one is written

@@ -32,7 +32,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, bund
     name: str = request.param
     if name == "onnxruntime":
         without = replace(SPECS["openvino"], obstacle=lambda _: "this CPU has no bfloat16")
-        monkeypatch.setitem(SPECS, "openvino", without)  # type: ignore[misc]
+        monkeypatch.setitem(SPECS, "openvino", without)
     elif obstacle := SPECS["openvino"].obstacle(bundle.manifest):
         pytest.skip(obstacle)
     return name

@@ -168,7 +168,7 @@ def with_ratio(checkpoint: Path, folder: Path, ratio: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), (2, 20), (8, 17)])
+@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), pytest.param(2, 20, marks=pytest.mark.nightly), (8, 17)])
 def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
     ratio: int, frames: int, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -190,7 +190,7 @@ TWO_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shapes"), TWO_SHAPES)
+@pytest.mark.parametrize(("name", "shapes"), [TWO_SHAPES[0], pytest.param(*TWO_SHAPES[1], marks=pytest.mark.nightly)])
 def test_every_shape_of_a_bundle_matches_diffusers(
     name: str, shapes: tuple[Shape, ...], tiny: Tiny, exported: Exported, tmp_path: Path
 ) -> None:
