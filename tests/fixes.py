@@ -29,7 +29,8 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 _PIP = re.compile(r"\bpip (?:un)?install (?P<rest>.+)", re.DOTALL)
 _PIP_FLAGS = {"-y", "-e", "--upgrade", "--force-reinstall", "--no-deps"}
 _EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-_FOREIGN = {"--help", "--debug", *_PIP_FLAGS}  # of all commands, and of pip
+_POLYGRAPHY = {"--mode", "--iter-artifact", "--fail-code", "--load-inputs", "--check"}
+_FOREIGN = {"--help", "--debug", *_PIP_FLAGS, *_POLYGRAPHY}  # of all commands, of pip, and of Polygraphy
 _PROSE = {"such", "which", "or", "of", "and", "to", "until", "from", "alone", "means", "than"}
 
 

@@ -390,7 +390,7 @@ DAMAGED_BUNDLES: dict[str, tuple[Damage, str]] = {
     "a cut network": (lambda folder: cut(folder / "transformer.onnx"), "{bundle}/transformer.onnx has "),
     "a foreign network": (foreign("transformer.onnx"), "{bundle}/transformer.onnx was altered, or belongs to another"),
     "a foreign tokenizer": (foreign("tokenizer.json"), "{bundle}/tokenizer.json was altered, or belongs to another"),
-    "a network that is none": (rehashed("text_encoder.onnx", b"?"), "ONNX Runtime cannot load text_encoder"),
+    "a network that is none": (rehashed("text_encoder.onnx", b"?"), "{bundle}/text_encoder.onnx is damaged"),
     "a tokenizer that is none": (rehashed("tokenizer.json", b"?"), "{bundle}/tokenizer.json is damaged"),
     "a network with weights above": (
         rehashed("text_encoder.onnx", elsewhere("../earlier.npy")),
@@ -735,7 +735,7 @@ def test_ctrl_c_during_decoding_leaves_no_part_of_a_video(whole: Path, tmp_path:
 # An export that is killed must be a real one, but it need not trace: it announces its first network and waits.
 WAITING_EXPORT = """
 import sys, time
-from cvx_deploy.exporters.networks import contracts_for
+from cvx_deploy.exporters import export
 
 def wait(contract, checkpoint, path, *options):
     path.write_bytes(b"half a network")

@@ -13,7 +13,7 @@ from cvx_deploy.pipeline.pipeline import Pipeline
 from tests.conftest import ROOT, Exported
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WITHOUT_TORCH = "import sys\nsys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers', 'onnx')))\n"
+WITHOUT_TORCH = "import sys\nsys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers', 'onnx_ir')))\n"
 BY_HAND = 1e-5
 """How far a video made by hand may be from the pipeline's: the same graphs and engine, with other session options."""
 

@@ -112,7 +112,9 @@ class Bundle:
         if shape not in self.shapes:
             raise ShapeError(
                 f"{self.path} makes no videos of {shape} (it makes {', '.join(map(str, self.shapes))})",
-                fix="run: " + self.export_command((*self.shapes, shape)),
+                fix="run: " + self.export_command((*self.shapes, shape))
+                if min(shape.frames, shape.height, shape.width) > 0
+                else "use one of these sizes",
             )
         return replace(self, index=self.shapes.index(shape))
 

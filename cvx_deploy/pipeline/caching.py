@@ -1,6 +1,7 @@
 """From what a run asks for to the policy of each of its videos: what is forecast, how, and how much."""
 
 import math
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -114,7 +115,8 @@ def _calibrated(request: "RunRequest", scheduler: Scheduler, bundle: Bundle, cal
         there = " or ".join(f"{table.steps / len(one.run):.4g}" for one in table.masks)
         raise CalibrationError(
             f"the bundle's table of steps has no mask of {calls} calls",
-            fix=f"use --cache-speedup {there}, or calibrate with --speedup {request.cache_speedup or SPEEDUP:g}",
+            fix=f"use --cache-speedup {there}, or run cvx-deploy calibrate-cache with "
+            f"--speedup {request.cache_speedup or SPEEDUP:g}",
         )
     weights = dict(zip(mask.forecast, mask.weights, strict=True))
     actions: tuple[Action, ...] = tuple("run" if step in mask.run else "forecast" for step in range(table.steps))
@@ -128,7 +130,7 @@ def _table_for(request: "RunRequest", scheduler: Scheduler, bundle: Bundle) -> S
     mine = (bundle.shape, kind, request.steps, request.guidance_scale)
     whole = scheduler.start == 0 and not request.dynamic_cfg
     table = next((one for one in tables if whole and one.conditions == mine), None)
-    again = f"cvx-deploy calibrate-cache --bundle {bundle.path} --prompts FILE --shape {bundle.shape}"
+    again = f"cvx-deploy calibrate-cache --bundle {shlex.quote(str(bundle.path))} --prompts FILE --shape {bundle.shape}"
     again += f" --scheduler {kind} --steps {request.steps} --guidance-scale {request.guidance_scale:g}"
     if table is not None and table.model != digest_of(bundle):
         raise CalibrationError(

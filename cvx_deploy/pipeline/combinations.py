@@ -69,5 +69,10 @@ def check_combination(given: Collection[str]) -> None:
             )
 
 
+_PYTHON_ONLY = frozenset({"latents", "prompt_embeds", "negative_prompt_embeds"})
+
+
 def _flag(option: str) -> str:
+    if option in _PYTHON_ONLY:
+        return option
     return "--prompt" if option == "prompts" else "--" + option.replace("_", "-")

@@ -36,7 +36,7 @@ def test_the_first_shape_that_is_wanted_is_taken(bundle: Bundle, wanted: ShapeCh
 
 @pytest.mark.parametrize(
     ("wanted", "shape"),
-    [(ShapeChoice(frames=25), "25x80x112"), (ShapeChoice(17, 96), "17x96x112"), (ShapeChoice(width=0), "9x80x0")],
+    [(ShapeChoice(frames=25), "25x80x112"), (ShapeChoice(17, 96), "17x96x112")],
 )
 def test_a_shape_that_is_not_there_is_stated_with_the_command_that_adds_it(
     bundle: Bundle, wanted: ShapeChoice, shape: str
@@ -45,6 +45,12 @@ def test_a_shape_that_is_not_there_is_stated_with_the_command_that_adds_it(
         bundle_at(bundle, wanted)
     assert failure.value.fix.startswith("run: cvx-deploy export --model 5b")
     assert f"--shape 9x80x112 --shape 17x80x112 --shape {shape}" in failure.value.fix
+
+
+def test_a_size_of_nothing_is_stated_with_what_there_is(bundle: Bundle) -> None:
+    with pytest.raises(ShapeError, match=r"no videos of 9x80x0 \(it makes") as failure:
+        bundle_at(bundle, ShapeChoice(width=0))
+    assert failure.value.fix == "use one of these sizes"
 
 
 def kept(folder: Path, *shape: int) -> Path:
