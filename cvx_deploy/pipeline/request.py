@@ -14,6 +14,7 @@ from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker, check_cache
 from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
+from cvx_deploy.pipeline.resume import ResumePoint
 
 Pixels = NDArray[np.float32]
 MOST_GUIDANCE = 1000.0
@@ -53,6 +54,7 @@ class RunRequest:
         cache_speedup: How many times less often a fixed cache runs the transformer; None for the default.
         cache_tolerance: How far an adaptive cache lets forecasts stray, a share of the output; None for the default.
         fast: Whether to forecast as much as docs/step-cache.md has found safe.
+        resume: Where an earlier run of the same request stood; its one video goes on from there.
     """
 
     prompts: tuple[str, ...]
@@ -80,6 +82,7 @@ class RunRequest:
     cache_speedup: float | None = None
     cache_tolerance: float | None = None
     fast: bool = False
+    resume: ResumePoint | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts and self.from_latents is None and self.prompt_embeds is None:
@@ -106,6 +109,8 @@ class RunRequest:
         both = self.save_latents is not None and self.output is not None
         if both and Path(str(self.save_latents)).absolute() == Path(str(self.output)).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
+        if self.resume is not None and self.video_count > 1:
+            raise CvxError(f"one video can be resumed, not {self.video_count}", fix="ask for each in a run of its own")
         self._check_arrays()
 
     def _check_arrays(self) -> None:
