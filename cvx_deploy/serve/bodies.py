@@ -10,6 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
 from cvx_deploy.serve.faults import ApiError
+from cvx_deploy.serve.jobs import Source
 from cvx_deploy.serve.schemas import decoded_json, image_of
 from cvx_deploy.serve.service import Upload
 
@@ -31,7 +32,7 @@ class Body:
     upload: Upload | None = None
 
 
-async def body_of(request: Request, files: Mapping[str, str]) -> Body:
+async def body_of(request: Request, files: Mapping[str, Source]) -> Body:
     """Read a body.
 
     Args:
@@ -54,7 +55,7 @@ async def body_of(request: Request, files: Mapping[str, str]) -> Body:
     return Body(fields, False, upload)
 
 
-async def _form(request: Request, files: Mapping[str, str]) -> Body:
+async def _form(request: Request, files: Mapping[str, Source]) -> Body:
     fields: dict[str, Any] = {}
     upload: Upload | None = None
     try:

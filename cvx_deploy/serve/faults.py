@@ -51,9 +51,9 @@ class ApiError(Exception):
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def refused(error: CvxError, param: str | None = None) -> ApiError:
+def refused(error: CvxError) -> ApiError:
     """Return a stated failure as an answer, with the words of the command line turned into fields."""
-    return ApiError(400, _fields(str(error)), code_of(error), param)
+    return ApiError(400, _fields(str(error)), code_of(error))
 
 
 def code_of(error: CvxError) -> str:

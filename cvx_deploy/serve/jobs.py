@@ -18,6 +18,7 @@ import msgspec
 from cvx_deploy.errors import CvxError
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+Source = Literal["image", "video"]
 ENDED = ("completed", "failed", "cancelled")
 _VERSION = 1
 _RECENT = 20  # jobs whose time is that of the next one
@@ -71,7 +72,7 @@ class Spec(msgspec.Struct, frozen=True):
     seed: int
     strength: float | None = None
     cache: Literal["fixed", "adaptive"] | None = None
-    source: Literal["image", "video"] | None = None
+    source: Source | None = None
 
 
 class Job(msgspec.Struct, frozen=True):

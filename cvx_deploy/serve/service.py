@@ -1,12 +1,9 @@
 """What clients can do, without a word of HTTP: ask for videos, look at them, end and delete them."""
 
 import hashlib
-import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,19 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.errors import CvxError, ShapeError
+from cvx_deploy.errors import CvxError
 from cvx_deploy.files import free_space
 from cvx_deploy.media.read import check_pixels, load_image, load_video
-from cvx_deploy.pipeline.request import RunRequest
-from cvx_deploy.pipeline.run import check_schedule, check_task
-from cvx_deploy.serve.faults import ApiError, refused
+from cvx_deploy.serve.faults import ApiError
 from cvx_deploy.serve.files import VARIANTS, JobFiles, Variant
 from cvx_deploy.serve.hub import Hub
-from cvx_deploy.serve.jobs import ENDED, FullError, Job, JobStore, New, Spec, new_id
+from cvx_deploy.serve.jobs import ENDED, FullError, Job, JobStore, New, Source, Spec, new_id
 from cvx_deploy.serve.schemas import Asked, seconds_of, video_object
-from cvx_deploy.serve.settings import Limits, ServeSettings
+from cvx_deploy.serve.settings import ServeSettings
+from cvx_deploy.serve.specs import size_of, spec_of, stating
 from cvx_deploy.serve.supervisor import Supervisor
-from cvx_deploy.shape import Shape
 
 _ROOM = 1 << 28  # bytes that have to be free where videos are written
 _LONGEST_KEY = 255
@@ -41,7 +36,7 @@ _NEAR = 0.5  # seconds by which what is asked for may miss a video's length: 6 i
 class Upload:
     """A file that a client has sent, as ``input_reference`` or ``video``."""
 
-    kind: str
+    kind: Source
     content: bytes
 
 
@@ -80,12 +75,17 @@ class Service:
             return _the_same(there, digest)
         if free_space(self.settings.data) < _ROOM:
             raise ApiError(503, "the disk for videos is full. fix: delete some, or come again later.", "disk_full")
-        bundle = self._bundle(asked.model)
-        spec = self._spec(asked, bundle, upload, remixed_from, source_job)
+        name, bundle = self._named(asked.model)
+        source: Source | None = None if upload is None else upload.kind
+        if source_job is not None:
+            source = "video"
+        elif remixed_from is not None:
+            source = remixed_from.spec.source
+        spec = spec_of(asked, name, bundle, source, self.settings.limits)
         identifier = new_id()
         files = self.files(identifier)
         try:
-            with _stated(None):
+            with stating():
                 self._keep_source(files, spec, bundle, upload, remixed_from, source_job)
             job = self._added(
                 New(
@@ -207,7 +207,7 @@ class Service:
                 "task": bundle.manifest.traits.task,
                 "sizes": [
                     {
-                        "size": _size(shape),
+                        "size": size_of(shape),
                         "num_frames": shape.frames,
                         "fps": bundle.manifest.fps,
                         "seconds": seconds_of(shape.frames, bundle.manifest.fps),
@@ -229,55 +229,15 @@ class Service:
             message = f"{which}, and no more are taken. fix: come again in {wait} s."
             raise ApiError(429, message, "queue_full", retry_after=wait) from error
 
-    def _bundle(self, name: str | None) -> Bundle:
+    def _named(self, name: str | None) -> tuple[str, Bundle]:
         models = self.settings.models
         if name is None:
-            return next(iter(models.values()))
+            return next(iter(models.items()))
         if name not in models:
             raise ApiError(
                 404, f"there is no model of that name. fix: use {', '.join(models)}.", "model_not_found", "model"
             )
-        return models[name]
-
-    def _spec(
-        self,
-        asked: Asked,
-        bundle: Bundle,
-        upload: Upload | None,
-        remixed_from: Job | None,
-        source_job: Job | None,
-    ) -> Spec:
-        """Return the complete job, after every check that needs no pixel of what was sent."""
-        _check_texts(asked, self.settings.limits)
-        fps = asked.fps or bundle.manifest.fps
-        defaults = bundle.manifest.defaults
-        shape = wanted_shape(asked, bundle)
-        source = "video" if source_job is not None or (upload is not None and upload.kind == "video") else None
-        source = "image" if upload is not None and source is None else source
-        if remixed_from is not None:
-            source = remixed_from.spec.source
-        steps = defaults.steps if asked.num_inference_steps is None else asked.num_inference_steps
-        limit = self.settings.limits.steps
-        if not 1 <= steps <= limit:
-            raise ApiError(400, f"{steps} steps. fix: use 1 to {limit}.", "invalid_value", "num_inference_steps")
-        if asked.strength is not None and source != "video":
-            raise ApiError(
-                400, "strength means nothing without a video. fix: leave it out.", "invalid_value", "strength"
-            )
-        spec = Spec(
-            next(name for name, one in self.settings.models.items() if one is bundle),
-            asked.prompt,
-            asked.negative_prompt,
-            *(shape.frames, shape.height, shape.width, fps, steps),
-            defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-            secrets.randbits(32) if asked.seed is None else asked.seed,
-            asked.strength,
-            asked.cache,
-            source,  # type: ignore[arg-type]
-        )
-        with _stated(None):
-            _check(bundle.at(shape), spec)
-        return spec
+        return name, models[name]
 
     def _keep_source(
         self,
@@ -314,76 +274,6 @@ class Service:
             return _bytes_of(load_video(path, spec.frames, spec.height, spec.width).pixels)
 
 
-def wanted_shape(asked: Asked, bundle: Bundle) -> Shape:
-    """Return which of a bundle's shapes is asked for.
-
-    Raises:
-        ApiError: It makes none such; says which it makes.
-    """
-    fps = asked.fps or bundle.manifest.fps
-    seconds = None if asked.seconds is None else _seconds(asked.seconds)
-
-    def fits(shape: Shape) -> bool:
-        return (
-            (asked.size is None or asked.size == _size(shape))
-            and (asked.num_frames is None or asked.num_frames == shape.frames)
-            and (seconds is None or abs(shape.frames / fps - seconds) <= _NEAR)
-        )
-
-    found = [shape for shape in bundle.shapes if fits(shape)]
-    if not found:
-        made = ", ".join(
-            f"{_size(one)} of {seconds_of(one.frames, fps)} s ({one.frames} frames)" for one in bundle.shapes
-        )
-        param = "size" if asked.size is not None else "seconds" if seconds is not None else "num_frames"
-        raise ApiError(400, f"this model makes no such videos. fix: use {made}.", "unsupported_size", param)
-    return min(found, key=lambda shape: 0.0 if seconds is None else abs(shape.frames / fps - seconds))
-
-
-def _size(shape: Shape) -> str:
-    return f"{shape.width}x{shape.height}"
-
-
-def _seconds(value: str | float) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ApiError(400, 'seconds is no number. fix: send one, such as "6".', "invalid_value", "seconds") from error
-
-
-def _check(bundle: Bundle, spec: Spec) -> None:
-    """Refuse what the pipeline would refuse once it runs; sources stand in as empty pixels."""
-    empty = np.empty(0, np.float32)
-    request = RunRequest(
-        (spec.prompt,),
-        negative_prompt=spec.negative_prompt,
-        image=empty if spec.source == "image" else None,
-        video=empty if spec.source == "video" else None,
-        strength=0.8 if spec.strength is None else spec.strength,
-        steps=spec.steps,
-        guidance_scale=spec.guidance_scale,
-        seed=spec.seed,
-        cache=spec.cache,
-    )
-    check_task(bundle, request)
-    check_schedule(bundle, request)
-    if bundle.shape.height % 2 or bundle.shape.width % 2:
-        raise ShapeError(f"{bundle.shape} has odd sides", fix="use another size")
-
-
-def _check_texts(asked: Asked, limits: Limits) -> None:
-    for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt)):
-        if len(text) > limits.prompt:
-            message = f"{name} has {len(text)} characters. fix: use {limits.prompt} at most."
-            raise ApiError(400, message, "string_too_long", name)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ApiError(400, f"{name} is not Unicode. fix: send UTF-8.", "invalid_value", name) from error
-    if not asked.prompt.strip():
-        raise ApiError(400, "prompt is empty. fix: say what is to be seen.", "invalid_value", "prompt")
-
-
 def _check_idempotency(key: str | None) -> None:
     if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
         raise ApiError(
@@ -416,15 +306,6 @@ def _bytes_of(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Turn pixels (1, 3, F, H, W) that were made of bytes back into them, (F, H, W, 3)."""
     unit = (pixels[0].transpose(1, 2, 3, 0) + 1) * 127.5
     return np.ascontiguousarray(np.rint(unit).astype(np.uint8))
-
-
-@contextmanager
-def _stated(param: str | None) -> Iterator[None]:
-    """Answer a stated failure of the block as one of the request."""
-    try:
-        yield
-    except CvxError as error:
-        raise refused(error, param) from error
 
 
 def sweep(service: Service) -> int:
