@@ -31,13 +31,13 @@ _LOOK = 1.0  # seconds between two looks whether a client is still there
 router = APIRouter(prefix="/v1")
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """Return what answers."""
     service: Service = request.app.state.service
     return service
 
 
-def owner_of(request: Request) -> str:
+async def owner_of(request: Request) -> str:
     """Return the name of the key that a request brings; empty where nobody is asked for one.
 
     Raises:
@@ -74,7 +74,7 @@ def _check_open(request: Request) -> None:
 async def create(request: Request, service: Serves, owner: Owner) -> JSONResponse:
     """Put a video into the queue."""
     job = await _created(request, service, owner)
-    return JSONResponse(await run_in_threadpool(service.shown, job), headers=_POLL)
+    return JSONResponse(service.shown(job), headers=_POLL)
 
 
 @router.post("/videos/sync")

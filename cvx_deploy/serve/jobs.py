@@ -143,9 +143,12 @@ class JobStore:
 
     def __init__(self, path: Path, retention: float) -> None:
         self._retention = retention
-        self._lock = threading.RLock()
+        self._lock, self._reading = threading.RLock(), threading.Lock()
+        self._thread = threading.local()
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, timeout=30)
+            # Who only looks does not wait until another's change is on the disk.
+            self._reader = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -158,7 +161,8 @@ class JobStore:
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._db.close()
 
     def add(self, new: New, queue: int, per_owner: int, workers: int) -> Job:
@@ -212,8 +216,7 @@ class JobStore:
 
     def ahead(self, job: Job) -> int:
         """Return how many jobs that came in before it wait."""
-        with self._lock:
-            return self._count("status = 'queued' AND seq < ?", job.seq)
+        return self._count("status = 'queued' AND seq < ?", job.seq)
 
     def claim(self) -> Job | None:
         """Take a job to run: of the owner with the fewest running, then of the one whose turn was longest ago."""
@@ -317,23 +320,20 @@ class JobStore:
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are in each state."""
-        with self._lock:
-            found = dict(self._db.execute("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall())
+        found = dict(self._rows("SELECT status, COUNT(*) FROM jobs GROUP BY status"))
         return {status: found.get(status, 0) for status in get_args(Status)}
 
     def ids(self) -> set[str]:
         """Return the id of every job."""
-        with self._lock:
-            return {row[0] for row in self._db.execute("SELECT id FROM jobs")}
+        return {row[0] for row in self._rows("SELECT id FROM jobs")}
 
     def mean_seconds(self) -> float:
         """Return how long the last completed jobs took, or a guess."""
-        with self._lock:
-            found = self._db.execute(
-                "SELECT AVG(seconds) FROM (SELECT ended - started AS seconds FROM jobs WHERE status = 'completed' "
-                "ORDER BY ended DESC LIMIT ?)",
-                (_RECENT,),
-            ).fetchone()[0]
+        [[found]] = self._rows(
+            "SELECT AVG(seconds) FROM (SELECT ended - started AS seconds FROM jobs WHERE status = 'completed' "
+            "ORDER BY ended DESC LIMIT ?)",
+            _RECENT,
+        )
         return _GUESS if found is None else float(found)
 
     @contextmanager
@@ -344,8 +344,12 @@ class JobStore:
                 yield
                 return
             self._db.execute("BEGIN IMMEDIATE")
-            with self._db:
-                yield
+            self._thread.changes = True
+            try:
+                with self._db:
+                    yield
+            finally:
+                self._thread.changes = False
 
     def _end(self, identifier: str, status: Status, also: str, *values: Any, leaving: Status = "in_progress") -> bool:
         now = time.time()
@@ -358,7 +362,7 @@ class JobStore:
             return self._db.execute(statement, (*values, identifier, leaving)).rowcount > 0
 
     def _count(self, where: str, *values: Any) -> int:
-        return int(self._db.execute(f"SELECT COUNT(*) FROM jobs WHERE {where}", values).fetchone()[0])  # noqa: S608
+        return int(self._rows(f"SELECT COUNT(*) FROM jobs WHERE {where}", *values)[0][0])  # noqa: S608
 
     def _one(self, where: str, *values: Any) -> Job:
         [job] = self._all(where, *values)
@@ -370,9 +374,14 @@ class JobStore:
     def _all(self, where: str, *values: Any) -> list[Job]:
         columns = Job.__struct_fields__
         statement = f"SELECT {', '.join(columns)} FROM jobs WHERE {where}"  # noqa: S608 - no words of others
-        with self._lock:
-            rows = self._db.execute(statement, values).fetchall()
-        return [_job(columns, row) for row in rows]
+        return [_job(columns, row) for row in self._rows(statement, *values)]
+
+    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return what a query finds: within a transaction of this thread what that has changed, too."""
+        if getattr(self._thread, "changes", False):
+            return self._db.execute(statement, values).fetchall()
+        with self._reading:
+            return self._reader.execute(statement, values).fetchall()
 
 
 def _job(columns: Sequence[str], row: Sequence[Any]) -> Job:

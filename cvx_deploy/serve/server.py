@@ -1,5 +1,6 @@
 """The server as a whole: its folder, its queue, its workers and its socket, from the first to the last moment."""
 
+import asyncio
 import fcntl
 import os
 import socket
@@ -79,7 +80,10 @@ def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
 
 
 class _Server(uvicorn.Server):
-    """Tells the workers first when it goes down, so that streams of events end."""
+    """Tells the workers first when it goes down, so that streams of events end, and waits for them at last.
+
+    After that the signal that ended it is raised again, which nothing here may survive.
+    """
 
     def __init__(self, config: uvicorn.Config, supervisor: Supervisor) -> None:
         super().__init__(config)
@@ -89,6 +93,7 @@ class _Server(uvicorn.Server):
         """See the class."""
         self._supervisor.end()
         await super().shutdown(sockets)
+        await asyncio.to_thread(self._supervisor.wait_ended)
 
 
 def _sweeping(service: Service, done: threading.Event) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from cvx_deploy.terminal import safe
 State = Literal["starting", "ready", "busy", "stopped"]
 _TICK = 0.2  # seconds between two looks at what a worker has been told to do
 _LAST_WORD = 15.0  # seconds for a worker that was told to end its job
+_FULL = 1.0  # seconds between two tries to write to a disk that is full
 _LONGEST_PAUSE = 60.0  # seconds between two starts of a worker that does not come up
 
 
@@ -117,6 +119,9 @@ class Slot:
             except _GoneError as error:
                 self._gone(job, str(error))
                 raise
+            except (sqlite3.Error, OSError) as error:  # a full disk: what came of the job cannot be noted
+                self._crew.progress.note(f"note: {job.id}: {safe(error)}; it is made again")
+                self._give_back(job)
             finally:
                 self.job, self.state = None, "ready"
 
@@ -152,6 +157,15 @@ class Slot:
         after = self._crew.store.give_back(job.id, crashed=not self._crew.stopping)
         self._crew.progress.note(f"note: {job.id}: its worker {safe(why)}; it is {after.status.replace('_', ' ')} now")
         self._crew.ended(job.id)
+
+    def _give_back(self, job: Job) -> None:
+        """Let a job wait again, as soon as that can be noted."""
+        while not self._crew.stopping:
+            try:
+                self._crew.store.give_back(job.id, crashed=False)
+                return
+            except (sqlite3.Error, OSError):
+                self._crew.wait(_FULL)
 
     def _next(self) -> dict[str, Any]:
         """Return the next word of the worker; one that is silent for too long is killed."""

@@ -35,7 +35,7 @@ from cvx_deploy.progress import RichProgress
 from cvx_deploy.serve.server import serve
 from cvx_deploy.serve.settings import ServeSettings
 
-data, models = sys.argv[1:]
+data, models, patience = sys.argv[1:]
 serve(
     ServeSettings(
         {name: Bundle.open(miniature(name)) for name in models.split(",")},
@@ -43,6 +43,7 @@ serve(
         port=0,
         options=EngineOptions(threads=1),
         point_seconds=0,
+        patience=float(patience),
     ),
     RichProgress(),
 )
@@ -54,8 +55,8 @@ PATIENCE = 90.0
 class Server:
     """A server that makes videos, saving a point every five steps."""
 
-    def __init__(self, data: Path, models: str = "mini") -> None:
-        self._words = (sys.executable, "-W", "ignore", "-c", PROGRAM, str(data), models)
+    def __init__(self, data: Path, models: str = "mini", patience: float = 1800.0) -> None:
+        self._words = (sys.executable, "-W", "ignore", "-c", PROGRAM, str(data), models, str(patience))
         self.data = data
         self.start()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ import httpx
 import psutil
 import pytest
 
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.errors import CvxError, OutputError
+from cvx_deploy.miniatures import miniature
+from cvx_deploy.progress import SilentProgress
+from cvx_deploy.serve.server import serve
+from cvx_deploy.serve.settings import ServeSettings
 from tests.serve.conftest import PROMPT, Server, until
 
 LONG: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 25, "seed": 7}
@@ -104,7 +111,7 @@ def test_a_server_that_is_killed_loses_nothing(own: Server) -> None:
 
 def test_a_server_that_is_told_to_end_lets_its_jobs_wait_for_the_next(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    video = create(server, num_inference_steps=60)
+    video = create(server, num_inference_steps=30)
     until(lambda: shown(server, video)["progress"] > 0)
     code, said = server.stop()
     assert code == -signal.SIGTERM, said
@@ -112,5 +119,29 @@ def test_a_server_that_is_told_to_end_lets_its_jobs_wait_for_the_next(tmp_path: 
     assert list((tmp_path / "videos" / video).glob("point-*.npz")), "where it stood is kept"
     server.start()
     first = content(server, video)
-    assert first == content(server, create(server, num_inference_steps=60))
+    assert first == content(server, create(server, num_inference_steps=30))
+    server.stop()
+
+
+def test_a_server_whose_workers_cannot_come_up_ends_with_the_reason(tmp_path: Path) -> None:
+    shutil.copytree(miniature("mini"), tmp_path / "mini")
+    settings = ServeSettings({"mini": Bundle.open(tmp_path / "mini")}, tmp_path / "data", port=0)
+    (tmp_path / "mini" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CvxError, match=r"tokenizer\.json"):
+        serve(settings, SilentProgress())
+
+
+def test_one_server_at_a_time_has_a_folder(own: Server) -> None:
+    settings = ServeSettings({"mini": Bundle.open(miniature("mini"))}, own.data, port=0)
+    with pytest.raises(OutputError, match="another server has"):
+        serve(settings, SilentProgress())
+
+
+@pytest.mark.nightly
+def test_a_worker_that_hangs_is_killed_and_its_job_goes_on(tmp_path: Path) -> None:
+    server = Server(tmp_path, patience=20)
+    video = create(server)
+    until(lambda: shown(server, video)["progress"] > 0)
+    os.kill(worker_of(server), signal.SIGSTOP)
+    assert content(server, video) == content(server, create(server))
     server.stop()
