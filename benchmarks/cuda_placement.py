@@ -8,8 +8,8 @@ libraries are that it loads; without it, this environment's are used.
 
 No GPU is needed where those libraries are stand-ins that count what is allocated and launch nothing. Then placement,
 kernels and allocations are ONNX Runtime's own, and real; values and times are not, and none are kept. Stand-ins have no
-cuDNN: with `--without-cudnn` each convolution is replaced by one that puts out its first value everywhere, so that all
-is as large as it would be but for cuDNN's workspace.
+cuDNN: with `--without-cudnn` each convolution is replaced by one that puts out its first value everywhere, and each
+pooling by one that takes every other value, so that all is as large as it would be but for cuDNN's workspace.
 """
 
 import argparse
@@ -46,7 +46,7 @@ _KERNEL = re.compile(r"SdpaKernel=(\w+)")
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutConvolutions(Bundle):
-    """A bundle whose convolutions put out their first value everywhere, in the right size."""
+    """A bundle whose convolutions and poolings compute nothing, and put out what is as large."""
 
     sizes: dict[str, int]
 
@@ -56,7 +56,9 @@ class WithoutConvolutions(Bundle):
         shapes = {value.name: value.type.tensor_type.shape for value in (*model.graph.value_info, *model.graph.output)}
         nodes: list[onnx.NodeProto] = []
         for node in model.graph.node:
-            if node.op_type == "Conv":
+            if node.op_type == "AveragePool":
+                nodes += _every_other(node)
+            elif node.op_type == "Conv":
                 nodes += _blank(node, [dim.dim_value for dim in shapes[node.output[0]].dim])
             else:
                 nodes.append(node)
@@ -88,6 +90,21 @@ def _blank(node: onnx.NodeProto, shape: list[int]) -> Iterator[onnx.NodeProto]:
         yield helper.make_node("Constant", [], [f"{name}/{what}"], value_ints=values)
     yield helper.make_node("Slice", [node.input[0], f"{name}/from", f"{name}/to"], [f"{name}/first"])
     yield helper.make_node("Expand", [f"{name}/first", f"{name}/shape"], [name])
+
+
+def _every_other(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Yield what takes the place of a pooling without padding."""
+    told = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+    name, count = node.output[0], len(told["kernel_shape"])
+    numbers = {
+        "from": [0] * count,
+        "to": [1 - size if size > 1 else 2**31 for size in told["kernel_shape"]],
+        "axes": list(range(-count, 0)),
+        "steps": told["strides"],
+    }
+    for what, values in numbers.items():
+        yield helper.make_node("Constant", [], [f"{name}/{what}"], value_ints=values)
+    yield helper.make_node("Slice", [node.input[0], *(f"{name}/{what}" for what in numbers)], [name])
 
 
 def without_convolutions(bundle: Bundle, sizes: dict[str, int]) -> Bundle:
@@ -208,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
     parser.add_argument("--runtime", type=Path, help="a folder with site and lib; default: this environment's")
-    parser.add_argument("--without-cudnn", action="store_true", help="let convolutions be blank")
+    parser.add_argument("--without-cudnn", action="store_true", help="let convolutions be blank, and poolings")
     parser.add_argument("--run", nargs="+", default=[], metavar="ROLE", help="networks to run as well")
     parser.add_argument("--as-exported", action="store_true", help="leave out what is rewritten when a graph is loaded")
     parser.add_argument("--note", default="", help="what the libraries were, for the report")

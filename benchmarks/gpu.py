@@ -7,33 +7,40 @@ not run again. The order is that of worth, and the plan is, from the minute the 
 
     0:00  facts        what the machine is; the rate of its bf16 products and copies, measured with torch
     0:45  driver       the seam to CUDA: copies, two threads, out of memory, graphs, captures that are refused
-    1:30  miniature    a video of the miniature on ONNX Runtime CUDA, against the same on the CPU
-    3:00  transformer  of the bundle, as it is loaded for CUDA and as it was exported: seconds and memory
-    6:30  decoder      the VAE's chunks
+    1:30  backend      the TensorRT backend on that driver, with contexts that queue CuPy's kernels; graphs on and off
+    2:15  miniature    a video of the miniature on ONNX Runtime CUDA, against the same on the CPU
+    3:30  transformer  of the bundle, as it is loaded for CUDA and as it was exported: seconds, TFLOP/s and memory
+    6:45  decoder      the VAE's chunks
     8:30  text         the text encoder
     9:30  attention    PyTorch's attention at the transformer's size: flash, cuDNN, memory-efficient
-   11:00  eager        diffusers' own transformer in PyTorch, where diffusers was brought along
-   14:00  end
+    10:45 eager        diffusers' own transformer in PyTorch, where diffusers was brought along: plain, compiled, and in
+                       fp8 where torchao was, too
+    14:00 end
 
 The bundle's weights need not be there: files of random bfloat16 numbers stand in for those that are missing.
 `benchmarks/gpu_pack.py` packs what has to be brought. `--rehearse` goes through all of it without a GPU: a driver of
-the tests, and with `--runtime` ONNX Runtime's own CUDA provider on stand-ins (see `benchmarks/cuda_placement.py`); it
-shows that every part runs to its end, and its figures mean nothing.
+the tests, with `--runtime` ONNX Runtime's own CUDA provider on stand-ins (see `benchmarks/cuda_placement.py`), and
+PyTorch on the CPU at a tiny size; it shows that every part runs to its end, and its figures mean nothing. A rate is
+told beside its share of what ``facts`` measured.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gpu_eager
 import numpy as np
+from gpu_flops import flops, rate
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
@@ -46,12 +53,13 @@ TOOLS = ("onnxruntime-gpu", "torch", "diffusers", "cuda-python", "numpy")
 LIMITS = {
     "facts": 45,
     "driver": 45,
-    "miniature": 90,
-    "transformer": 210,
-    "decoder": 120,
+    "backend": 45,
+    "miniature": 75,
+    "transformer": 195,
+    "decoder": 105,
     "text": 60,
-    "attention": 90,
-    "eager": 180,
+    "attention": 75,
+    "eager": 195,
 }
 """Seconds of each part, in the order in which they run."""
 ROLES = {
@@ -60,6 +68,8 @@ ROLES = {
     "text": ("text_encoder",),
 }
 RUNS = 3
+_KERNEL = re.compile(r"SdpaKernel=(\w+)")
+"""What ONNX Runtime says of each attention it runs."""
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -71,8 +81,8 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
     device = torch.cuda.get_device_properties(0)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = _seconds_on_gpu(lambda: x @ x)
-    copy = _seconds_on_gpu(lambda: x.clone())
+    product = gpu_eager.seconds_of(lambda: x @ x, "cuda")
+    copy = gpu_eager.seconds_of(lambda: x.clone(), "cuda")
     return told | {
         "gpu": device.name,
         "capability": f"sm{device.major}{device.minor}",
@@ -80,22 +90,6 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "bf16_tflops": 2 * 8192**3 / product / 1e12,
         "copy_gb_a_second": 2 * x.nbytes / copy / 1e9,
     }
-
-
-def _seconds_on_gpu(work: Callable[[], Any], runs: int = 10) -> float:
-    """Return the median seconds of something that is queued, by the GPU's own clock."""
-    import torch
-
-    work()
-    taken = []
-    for _ in range(runs):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) / 1e3)
-    return float(np.median(taken))
 
 
 def driver(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,6 +109,40 @@ def _rehearsed_driver() -> Any:
     from tests.engines.fake_cuda import FakeCuda
 
     return FakeCuda(2**30)
+
+
+def backend(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the TensorRT backend with contexts that queue kernels of CuPy, as graphs and one by one."""
+    import gpu_backend
+
+    if not arguments.rehearse:
+        return gpu_backend.backend_runs(CudaPython(), gpu_backend.CupyKernels(), 4096)
+    cuda = _rehearsed_driver()
+    found = gpu_backend.backend_runs(cuda, _RehearsedKernels(cuda), 4)
+    cuda.assert_clean()
+    return found
+
+
+class _RehearsedKernels:
+    """Kernels of the tests' driver, which NumPy computes when it comes to them."""
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+
+    def mix(self, stream: int, inputs: list[tuple[int, int]], output: tuple[int, int]) -> None:
+        from gpu_backend import mixed
+
+        from tests.engines.fake_cuda import Operation
+
+        given = [self._cuda.region(address, 4 * count) for address, count in inputs]
+        written = self._cuda.region(output[0], 4 * output[1])
+
+        def work() -> None:
+            values = [np.frombuffer(region.read(), np.float32) for region in given]
+            written.write(mixed(values, (output[1],)).tobytes())
+
+        needs = tuple(region.allocation for region in (*given, written))
+        self._cuda.kernel(stream, Operation("mix", work, needs))
 
 
 def _round_trip(cuda: Cuda, nbytes: int, seed: int) -> str:
@@ -272,7 +300,12 @@ def networks(arguments: argparse.Namespace) -> dict[str, Any]:
         for form in ("loaded", "exported"):
             with cuda_placement.patch_loading() if form == "exported" else nullcontext():
                 try:
-                    found[f"{role}, as {form}"] = timed(bundle, role, blank=arguments.rehearse)
+                    one = timed(bundle, role, blank=arguments.rehearse)
+                    seconds = float(np.median(one["seconds"][1:]))
+                    operations = flops(
+                        cuda_placement.inferred(bundle.onnx_bytes(role), cuda_placement.sizes_of(bundle, role))
+                    )
+                    found[f"{role}, as {form}"] = one | rate(operations, seconds, arguments.output)
                 except EngineError as error:
                     found[f"{role}, as {form}"] = {"failed": str(error)}
     return found
@@ -322,60 +355,16 @@ def make_weights(bundle: Bundle) -> None:
         os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
-def attention(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time PyTorch's attention at the size of a 5b at 49x480x720, by kernel."""
-    if arguments.rehearse:
-        return {"left out": "a rehearsal has no GPU"}
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    batch, heads, tokens, size = 2, 48, 17_776, 64
-    q, k, v = (torch.randn(batch, heads, tokens, size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    found: dict[str, Any] = {}
-    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        try:
-            with sdpa_kernel(kernel):
-                seconds = _seconds_on_gpu(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), 5)
-            found[kernel.name] = {"seconds": seconds, "tflops": 4 * batch * heads * tokens**2 * size / seconds / 1e12}
-        except RuntimeError as error:
-            found[kernel.name] = {"failed": str(error).splitlines()[0]}
-    return found
-
-
-def eager(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time diffusers' 5b transformer with random weights made on the device, plain and compiled block by block."""
-    if arguments.rehearse:
-        return {"left out": "a rehearsal has no GPU"}
-    import torch
-    from diffusers import CogVideoXTransformer3DModel
-
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = CogVideoXTransformer3DModel(
-            num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True, sample_height=60,
-            sample_width=90,
-        ).eval()  # fmt: skip
-        hidden, text = torch.randn(2, 13, 16, 60, 90), torch.randn(2, 226, 4096)
-        rotary = (torch.randn(17_550, 64, dtype=torch.float32), torch.randn(17_550, 64, dtype=torch.float32))
-        step = torch.full((2,), 500)
-    call = lambda: model(hidden, text, step, image_rotary_emb=rotary, return_dict=False)  # noqa: E731
-    with torch.no_grad():
-        found: dict[str, Any] = {"eager": _seconds_on_gpu(call, RUNS), "peak_bytes": torch.cuda.max_memory_allocated()}
-        for block in model.transformer_blocks:
-            block.compile()
-        found["compiled"] = _seconds_on_gpu(call, RUNS)
-    return found
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "facts": facts,
     "driver": driver,
+    "backend": backend,
     "miniature": miniature_video,
     "transformer": networks,
     "decoder": networks,
     "text": networks,
-    "attention": attention,
-    "eager": eager,
+    "attention": gpu_eager.attention,
+    "eager": gpu_eager.eager,
 }
 
 
@@ -401,12 +390,15 @@ def _one(part: str, limit: float, arguments: argparse.Namespace, place: Path) ->
         command += ["--runtime", arguments.runtime]
         environment["PYTHONPATH"] = f"{arguments.runtime / 'site'}{os.pathsep}{Path(__file__).parents[1]}"
         environment["LD_LIBRARY_PATH"] = str(arguments.runtime / "lib")
+    environment["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
     start, found = time.monotonic(), dict[str, Any]()
     try:
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=limit)
         last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         ended = "done" if done.returncode == 0 else f"failed: {last}"
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+        if kernels := Counter(_KERNEL.findall(done.stdout + done.stderr)):
+            found["attention_kernels"] = dict(kernels)
     except subprocess.TimeoutExpired:
         ended = f"stopped after {limit:.0f} s"
     result = {"ended": ended, "seconds": round(time.monotonic() - start, 1), "rehearsed": arguments.rehearse, **found}

@@ -5,6 +5,7 @@ nothing of what is done with them, so that the graph of the merged transformer i
 elsewhere. It is what an export with the same adapters writes.
 """
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,7 @@ def _export(bundle: Bundle, loras: tuple[Lora, ...]) -> str:
 
 
 def _restoring(bundle: Path) -> str:
-    return f"cvx-deploy refit --bundle {bundle} --restore"
+    return f"cvx-deploy refit --bundle {shlex.quote(str(bundle))} --restore"
 
 
 def _write(

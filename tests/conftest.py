@@ -5,10 +5,11 @@ import functools
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.errors import CvxError
 from cvx_deploy.exporters.tracing.sources import sources_of
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.precision import Precision
@@ -137,6 +139,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes ``model_name`` for all five models."""
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", list(MODELS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Fail a test in which something failed with advice that cannot be followed, as far as its words go."""
+    from tests.fixes import faults
+
+    found: list[str] = []
+    init = CvxError.__init__
+
+    def noting(error: CvxError, what: str, *, fix: str) -> None:
+        init(error, what, fix=fix)
+        found.extend(f"{fault} (fix: {error.fix})" for fault in faults(error.fix))
+
+    with mock.patch.object(CvxError, "__init__", noting):
+        yield
+    assert not found, found
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,6 +34,7 @@ COMMANDS = [
     "refit",
     "run",
     "quantize",
+    "calibrate-cache",
     "bench",
     "check",
     "plan",
@@ -42,6 +43,7 @@ COMMANDS = [
     "verify",
     "pack",
     "unpack",
+    "serve",
     "completion",
 ]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}
@@ -387,6 +389,7 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
         "seeds": [0],
         "cached_prompts": 0,
         "steps": [],
+        "branches_apart": False,
         "shape": "9x80x112",
         "engine": "onnxruntime",
         "precision": "fp32",

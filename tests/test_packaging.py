@@ -225,7 +225,8 @@ def engine_extras() -> set[str]:
 
 def test_runtime_imports_are_the_declared_dependencies() -> None:
     extras = PROJECT["optional-dependencies"]
-    bench, check = declared(extras["bench"]), declared(extras["export"]) & {"scikit-image"} | {"pytest"}
+    bench = declared(extras["bench"])
+    check = declared(extras["export"]) & {"scikit-image"} | declared(extras["debug"]) | {"pytest"}
     serve = declared(extras["serve"]) - {"python-multipart"}
     assert serve <= imported(RUNTIME_FILES)
     assert imported(RUNTIME_FILES) - engine_extras() - bench - check - serve == declared(PROJECT["dependencies"])

@@ -32,5 +32,11 @@ PLANNED_MEMORY = 0.15
 INT8_RELATIVE = 2e-2
 """Largest difference of two engines' int8 network over its largest value: other sums round to other steps."""
 
+CALIBRATION_GAIN = 1.0
+"""Least dB that a table of steps brings a video of 12 steps nearer to the full run than the mask that needs none."""
+
 FORECAST_ROUNDING = 2e-5
 """Largest error of a forecast of values of about 1: a few float32 products, weighted by up to 10 far from the known."""
+
+ROUNDED_OTHERWISE = 2e-3
+"""Largest share of half-precision values that differ, by one step: float32 values 5e-7 apart on two sides of a tie."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cvx_deploy.bench.peers import EagerPeer, EnginePeer, PeerKind, PeerProcess, Work
-from cvx_deploy.bench.results import SCHEMA_VERSION, BenchResults, Peer, Run
+from cvx_deploy.bench.results import SCHEMA_VERSION, BenchResults, Forecast, Peer, Run
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName
@@ -25,7 +25,9 @@ from cvx_deploy.exporters.reference.checkpoint import Reference, recorded_checkp
 from cvx_deploy.install import pip_install
 from cvx_deploy.measure.baselines import BASELINES, IN_WORDS, Baseline
 from cvx_deploy.measure.conditions import conditions
+from cvx_deploy.measure.difference import video_difference
 from cvx_deploy.measure.memory import GpuMeter, MemoryWatch, Sample, during
+from cvx_deploy.measure.thresholds import FORECAST
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.timing import LOAD, Trace
 from cvx_deploy.progress import Advance, Progress
@@ -60,6 +62,7 @@ class BenchRequest:
         video: One prompt's video; its output is not used.
         runs: Rounds after the warm-up.
         note: What else used the machine.
+        fast: Whether every engine is measured with steps forecast, too.
     """
 
     bundle: Bundle
@@ -69,6 +72,7 @@ class BenchRequest:
     video: RunRequest
     runs: int
     note: str
+    fast: bool = False
 
     @property
     def needs_gpu(self) -> bool:
@@ -84,7 +88,8 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
     """
     bundle, checkpoint = request.bundle, _checkpoint(request, progress)
     baselines, left_out = _baselines(request, checkpoint)
-    kinds: list[PeerKind] = [*baselines, *map(EnginePeer, request.engines)]
+    ways = (False, True) if request.fast else (False,)
+    kinds: list[PeerKind] = [*baselines, *(EnginePeer(engine, way) for engine in request.engines for way in ways)]
     work = Work(bundle.path, bundle.shape, checkpoint, request.video)
     told = _conditions(request, gpu := GpuMeter.open() if request.needs_gpu else None)
     with (
@@ -94,7 +99,11 @@ def bench(request: BenchRequest, progress: Progress) -> BenchResults:
         take = partial(_measured, work=work, folder=Path(folder), runs=request.runs, gpu=gpu, advance=advance)
         together = [[kind] for kind in kinds] if request.needs_gpu else [kinds]
         measured = [one for group in together for one in take(group, reference=kinds[0].name)]
-    peers = [_peer(request, one, checkpoint) for one in measured]
+        forecasts = [_forecast(request, kind, Path(folder)) for kind in kinds]
+    peers = [
+        _peer(request, kind, one, forecast, checkpoint)
+        for kind, one, forecast in zip(kinds, measured, forecasts, strict=True)
+    ]
     manifest, methods = (
         bundle.manifest,
         _METHODS | ({"GPU memory": gpu.method, "energy a video": _ENERGY} if gpu else {}),
@@ -170,12 +179,25 @@ def _psnr(folder: Path, reference: str, name: str) -> float:
     return round(min(-10 * float(np.log10(error)), _IDENTICAL) if error else _IDENTICAL, 2)
 
 
-def _peer(request: BenchRequest, measured: _Measured, checkpoint: Path | None) -> Peer:
+def _forecast(request: BenchRequest, kind: PeerKind, folder: Path) -> Forecast | None:
+    """Hold a first video with steps forecast against that of the same engine's full run."""
+    if not isinstance(kind, EnginePeer) or not kind.fast:
+        return None
+    against = EnginePeer(kind.engine).name
+    apart = video_difference(*(np.load(folder / f"{name}.npy") for name in (kind.name, against)))
+    limits = FORECAST[request.video.scheduler or request.bundle.manifest.scheduler["kind"]]
+    figures = round(apart.psnr, 2), round(apart.ssim, 5), round(apart.flicker, 6)
+    return Forecast(against, *figures, broken=list(apart.beyond(limits)))
+
+
+def _peer(
+    request: BenchRequest, kind: PeerKind, measured: _Measured, forecast: Forecast | None, checkpoint: Path | None
+) -> Peer:
     trace, samples, _ = measured.runs[-1]
-    build, sizes = _built(request.bundle, measured.name, checkpoint)
+    build, sizes = _built(request.bundle, kind.engine if isinstance(kind, EnginePeer) else kind.name, checkpoint)
     return Peer(
         name=measured.name,
-        what=_words(request, measured.name),
+        what=_words(request, kind),
         open_seconds=round(measured.opened, 3),
         runs=[_run(*one) for one in measured.runs],
         memory=[
@@ -187,6 +209,7 @@ def _peer(request: BenchRequest, measured: _Measured, checkpoint: Path | None) -
         build_seconds=build,
         sizes=sizes,
         first_seconds=round(measured.first, 4),
+        forecast=forecast,
     )
 
 
@@ -215,9 +238,10 @@ def _thinned(samples: list[Sample], most: int = 300) -> list[Sample]:
     return samples[:: max(len(samples) // most, 1)]
 
 
-def _words(request: BenchRequest, name: str) -> str:
+def _words(request: BenchRequest, kind: PeerKind) -> str:
     precision = request.bundle.manifest.precision
-    what = IN_WORDS.get(name, "the bundle, its networks loaded once and kept")
+    what = IN_WORDS.get(kind.name, "the bundle, its networks loaded once and kept")
+    what += ", half of the steps forecast" if isinstance(kind, EnginePeer) and kind.fast else ""
     return f"{precision}: {what}"
 
 

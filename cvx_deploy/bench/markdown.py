@@ -58,7 +58,8 @@ def title(results: BenchResults) -> str:
 
 def tables(results: BenchResults) -> list[Table]:
     """Return every table of the results."""
-    return [summary(results), _stages(results), _memory(results), _places(results)]
+    forecasts = [_forecasts(results)] if any(peer.forecast for peer in results.peers) else []
+    return [summary(results), *forecasts, _stages(results), _memory(results), _places(results)]
 
 
 def summary(results: BenchResults) -> Table:
@@ -86,6 +87,17 @@ def summary(results: BenchResults) -> Table:
         "Cold is from a process that runs to its first video, with all that is opened and loaded."
     )
     return Table("A video", note, rows)
+
+
+def _forecasts(results: BenchResults) -> Table:
+    rows = [["", "against", "PSNR", "SSIM", "flicker", "limits for forecast steps"]]
+    for peer in results.peers:
+        one = peer.forecast
+        if one is not None:
+            figures = [f"{one.psnr:.1f} dB", f"{one.ssim:.5f}", f"{one.flicker:.1e}"]
+            rows.append([peer.name, one.against, *figures, "; ".join(one.broken) or "hold"])
+    note = "Held against the full run of the same engine and seed, by limits of its own: no parity with the reference."
+    return Table("Steps forecast", note, rows)
 
 
 def _stages(results: BenchResults) -> Table:

@@ -56,14 +56,19 @@ class PeerKind(Protocol):
 
 @dataclass(frozen=True)
 class EnginePeer:
-    """The bundle on one engine."""
+    """The bundle on one engine.
+
+    Attributes:
+        fast: Whether steps are forecast, as with ``run --fast``.
+    """
 
     engine: EngineName
+    fast: bool = False
 
     @property
     def name(self) -> str:
-        """The engine's name."""
-        return self.engine
+        """The engine's name, and how it is run."""
+        return f"{self.engine}{' --fast' if self.fast else ''}"
 
     @contextmanager
     def open(self, work: Work) -> Iterator[Runner]:
@@ -76,7 +81,7 @@ class EnginePeer:
             def make(output: Path) -> Trace:
                 clock, start = RunClock(), time.monotonic()
                 observed = ObservedBackend(backend, clock)
-                report = run_pipeline(observed, replace(work.request, output=output), watch=clock)
+                report = run_pipeline(observed, replace(work.request, output=output, fast=self.fast), watch=clock)
                 return Trace(start, time.monotonic(), (*report.spans, *clock.loads), tuple(clock.steps))
 
             yield make

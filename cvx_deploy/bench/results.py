@@ -42,6 +42,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What forecasting steps does to a peer's first video: no parity, but how far it is from its engine's own full run.
+
+    Attributes:
+        against: The peer that runs all steps.
+        psnr: In dB; `ssim` and `flicker` as in `cvx_deploy.measure.difference`.
+        broken: Which of the limits for such videos it breaks.
+    """
+
+    against: str
+    psnr: float
+    ssim: float
+    flicker: float
+    broken: list[str]
+
+
+@dataclass(frozen=True)
 class Peer:
     """What one way of making the video took.
 
@@ -56,6 +73,7 @@ class Peer:
         build_seconds: What each of its engines took to build; empty where nothing is built.
         sizes: Bytes on disk of what it runs from.
         first_seconds: Its first video, with what is loaded for it; None in results of earlier versions.
+        forecast: Where it forecasts steps, what that does.
     """
 
     name: str
@@ -68,6 +86,7 @@ class Peer:
     build_seconds: dict[str, float]
     sizes: dict[str, int]
     first_seconds: float | None = None
+    forecast: Forecast | None = None
 
     @property
     def cold_seconds(self) -> float | None:

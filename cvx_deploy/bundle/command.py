@@ -34,6 +34,13 @@ def export_command(path: Path, manifest: Manifest, shapes: Iterable[Shape]) -> s
     return shlex.join(["cvx-deploy", "export", *words, *(flag for flag, is_set in flags.items() if is_set)])
 
 
+def build_command(path: Path, options: str) -> str:
+    """Return how to build engines for the bundle at `path`: a packaged one is exported first, to a place of its own."""
+    if is_packaged(path):
+        return f"run: cvx-deploy export --model {path.name}, then: cvx-deploy build --model {path.name} {options}"
+    return f"run: cvx-deploy build --bundle {shlex.quote(str(path))} {options}"
+
+
 def _quantizing(networks: Iterable[Network]) -> list[tuple[str, object]]:
     """Return the options of an export that say how networks were quantized, besides the precision."""
     found = [network.quantization for network in networks if network.quantization is not None]

@@ -19,6 +19,7 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     yield f"{manifest.model}: {traits.task}, {traits.positions} positions, {shapes} at {manifest.fps} fps"
     scheduler = manifest.scheduler["kind"]
     yield f"precision {manifest.precision}; scheduler {scheduler}; {manifest.text_length} text tokens"
+    yield from (f"forecast steps: {table}" for table in manifest.step_tables)
     for name, network in manifest.networks.items():
         yield ""
         yield f"{name}  {network.file.path}  {_size(network.file.size)}  {_precision(network)}"

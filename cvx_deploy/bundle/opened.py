@@ -6,6 +6,7 @@ the checkpoint it was exported from. ONNX files name their weights by that table
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from cvx_deploy.bundle.hashes import known_sha256
 from cvx_deploy.bundle.schema import AGAIN, Manifest, Network, StoredFile, WeightFile, leads_outside, manifest_from_json
 from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.families.family import Family
-from cvx_deploy.families.registry import FAMILIES
+from cvx_deploy.families.registry import FAMILIES, MODELS
 from cvx_deploy.files import sha256_of
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.reading import read_whole
@@ -221,10 +222,17 @@ def may_replace(output: Path) -> bool:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.is_dir():
-        raise BundleError(f"there is no bundle at {path}", fix="run: cvx-deploy export, or name one with --bundle DIR")
+        raise BundleError(f"there is no bundle at {path}", fix=_first_export(path))
     if not file.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}", fix="name a bundle with --bundle DIR")
     return manifest_from_json(read_whole(file, BundleError, fix=AGAIN), str(file))
+
+
+def _first_export(path: Path) -> str:
+    """Return how to come by a bundle that is not there: a published model's checkpoint is found by its name."""
+    if path.name in MODELS:
+        return f"run: cvx-deploy export --model {path.name} --output {shlex.quote(str(path))}"
+    return "run: cvx-deploy export --model NAME --checkpoint DIR, or name a bundle that is there with --bundle DIR"
 
 
 def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -> Path:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from cvx_deploy.bounds import MOST_LATENTS, MOST_VALUES, Factor, Positive, Size, check_video
+from cvx_deploy.bundle.step_table import StepTable
 from cvx_deploy.errors import BundleError
 from cvx_deploy.families.cogvideox.models import SchedulerKind, Traits
 from cvx_deploy.families.cogvideox.vae import Vae
@@ -217,6 +218,7 @@ class Manifest:
         family: The model family it is of.
         defaults: What a run takes where nothing else is asked for. Manifests before version 5 do not say, and mean 50
             steps at guidance 6.
+        step_tables: What ``cvx-deploy calibrate-cache`` found; manifests without it have none.
         provenance: Where the checkpoint is from (source, revision, variant), and the versions of the tools that made
             the bundle.
     """
@@ -239,6 +241,7 @@ class Manifest:
     loras: tuple[Lora, ...] = ()
     family: Literal["cogvideox"] = "cogvideox"
     defaults: Defaults = Defaults()
+    step_tables: tuple[StepTable, ...] = ()
 
     def __post_init__(self) -> None:
         if len({entry.shape for entry in self.shapes}) < len(self.shapes):

@@ -52,6 +52,7 @@ def inspect(path: Path, plan: bool, gpu: str | None, progress: Progress) -> Resu
 
 def _plans(bundle: "Bundle", gpu: str | None) -> Result:
     """Return the compiled plans of a bundle's engines."""
+    from cvx_deploy.bundle.command import build_command
     from cvx_deploy.engines.gpus import gpu_named
     from cvx_deploy.engines.tensorrt.plan_report import describe_plan, plan_values
     from cvx_deploy.engines.tensorrt.store import EngineStore
@@ -61,9 +62,7 @@ def _plans(bundle: "Bundle", gpu: str | None) -> Result:
     store = EngineStore(bundle)
     plans = [(record, plan) for record in store.records() for plan in store.plans(record)]
     if not plans:
-        raise EngineError(
-            f"{bundle.path} has no compiled engines", fix=f"run: cvx-deploy build --bundle {bundle.path} --target sm89"
-        )
+        raise EngineError(f"{bundle.path} has no compiled engines", fix=build_command(bundle.path, "--target sm89"))
     values = [
         {"network": record.network, "file": record.file.path, **plan_values(plan, named)} for record, plan in plans
     ]

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=STEPS, help="Denoising steps. Default: the bundle's own.")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off. Default: the bundle's own.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the video.")
+@click.option("--fast", is_flag=True, help="Measure each engine with steps forecast, too, against its own full run.")
 @click.option(
     "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured rounds, after the warm-up."
 )
@@ -111,6 +112,7 @@ def _request(
     width: int | None,
     runs: int,
     note: str,
+    fast: bool,
     prompt: str,
     steps: int | None,
     guidance_scale: float | None,
@@ -131,7 +133,7 @@ def _request(
         guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
         **video,
     )
-    return BenchRequest(bundle, engines, baselines or BASELINES, reference, request, runs, note)
+    return BenchRequest(bundle, engines, baselines or BASELINES, reference, request, runs, note, fast)
 
 
 def _write(results: "BenchResults", output: Path, texts: dict[str, str]) -> list[str]:

@@ -30,7 +30,19 @@ STEPS = click.IntRange(1, MOST_STEPS)
 SEED = click.IntRange(LOWEST_SEED, HIGHEST_SEED)
 _SIDE = click.IntRange(max=LONGEST_SIDE)
 
-_MAKING = {"run", "export", "convert", "synth", "build", "refit", "quantize", "bench", "pack", "unpack"}
+_MAKING = {
+    "run",
+    "export",
+    "convert",
+    "synth",
+    "build",
+    "refit",
+    "quantize",
+    "calibrate_cache",
+    "bench",
+    "pack",
+    "unpack",
+}
 """The commands whose result lies in files, and on stdout is told of only."""
 
 

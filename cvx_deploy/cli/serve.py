@@ -37,7 +37,7 @@ def _plain_names(context: click.Context, parameter: click.Parameter, names: tupl
     help="A bundle of the engines folder, or a miniature; again for more. The first is what clients get by default.",
 )
 @ENGINES_DIR
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True)
+@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs them.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads a worker. Default: its share.")
 @click.option("--devices", type=devices_of, metavar="N[,N]", help="GPUs, one worker each. Default: 0.")
 @click.option(

@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -14,9 +14,12 @@ from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bund
 from cvx_deploy.engines.registry import ENGINES, engine_spec
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import LONGEST_PATH, safe
+
+_DEVICES = "GPUs to spread videos over; two run both branches of guidance of a single one at once. Default: 0."
 
 
 def devices_of(text: str) -> tuple[int, ...]:
@@ -75,6 +78,13 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @click.option("--num-videos", type=int, default=1, show_default=True, help="Videos per prompt.")
 @click.option("--vae-tiling", is_flag=True, help="Decode tile by tile: less memory, slightly different pixels.")
+@click.option(
+    "--latents-dtype",
+    type=click.Choice(get_args(Precision)),
+    default="fp32",
+    show_default=True,
+    help="Draw noise and round latents as a diffusers pipeline of this type does.",
+)
 @click.option("--save-latents", type=click.Path(path_type=Path), metavar="FILE.npy", help="Save the finished latents.")
 @click.option(
     "--from-latents",
@@ -101,7 +111,7 @@ def devices_of(text: str) -> tuple[int, ...]:
     type=click.IntRange(1, MOST_THREADS),
     help="CPU threads of onnxruntime and openvino. Default: one per core.",
 )
-@click.option("--devices", type=devices_of, metavar="N[,N]", help="GPUs to spread the videos over. Default: 0.")
+@click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
@@ -163,12 +173,10 @@ def run(
     check_combination(_given())
     bundle = open_bundle(path, checkpoint)
     defaults = bundle.manifest.defaults
-    request = RunRequest(
-        output=output,
-        steps=defaults.steps if steps is None else steps,
-        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        **options,
-    )
+    if options["from_latents"] is None:
+        options["steps"] = defaults.steps if steps is None else steps
+        options["guidance_scale"] = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    request = RunRequest(output=output, **options)
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     bundle = bundle_at(bundle, wanted, request.from_latents)
     opened = Pipeline(
@@ -184,6 +192,8 @@ def run(
         report = pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
+    if report.branches_apart:
+        progress.note("both branches of guidance ran at once, on two devices")
     for video, taken in sorted(report.steps.items()):
         progress.note(f"video {video + 1}: {taken}")
     values = {
@@ -192,6 +202,7 @@ def run(
         "seconds": {stage: round(seconds, 4) for stage, seconds in report.stages.items()},
         "cached_prompts": report.cached_prompts,
         "steps": [asdict(report.steps[video]) for video in sorted(report.steps)],
+        "branches_apart": report.branches_apart,
         "shape": str(bundle.shape),
         "engine": engine,
         "precision": bundle.manifest.precision,

@@ -11,11 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
 
-from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import OutOfMemoryError
 from cvx_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from cvx_deploy.bundle.opened import Bundle
 
 Policy = Literal["resident", "phase"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -141,7 +143,7 @@ class LoadedNetworks(Generic[S]):
 
     _loads_ahead = True  # whether a network may be loaded while another one runs
 
-    def __init__(self, bundle: Bundle, policy: Policy, progress: Progress, close: Callable[[S], None]) -> None:
+    def __init__(self, bundle: "Bundle", policy: Policy, progress: Progress, close: Callable[[S], None]) -> None:
         self.bundle = bundle
         self._residency: Residency[S] = Residency(policy, progress, close)
 
@@ -161,7 +163,7 @@ class LoadedNetworks(Generic[S]):
     def _key(self, role: str, sizes: Mapping[str, int]) -> Key:
         return key_of(self.bundle.network_name(role), sizes)
 
-    def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> S:
+    def _loaded(self, bundle: "Bundle", role: str, sizes: dict[str, int]) -> S:
         """Load the network of a role of a bundle, which is the one this backend saw when it was asked for."""
         raise NotImplementedError
 

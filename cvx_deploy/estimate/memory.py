@@ -38,7 +38,7 @@ _GPU_MODULATION = 26.0  # of its output
 _CPU_TRANSFORMER = 19.2  # beside the scores
 _CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
 _CPU_TEXT = 16.0
-_CPU_DECODER = 11.0
+_CPU_DECODER = 11.0  # without a memory pattern, which would add to it from the second run on
 _CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
 _CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
 """Bytes held for a byte of weights: converted, and arranged for its kernels."""

@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 from cvx_deploy.bundle.schema import Network, TensorSpec
 from cvx_deploy.errors import BundleError
+from cvx_deploy.graph.bounded import check_bounded
 from cvx_deploy.reading import read_whole, reading
 from cvx_deploy.terminal import no_foreign_lines, reason
 
@@ -67,17 +68,19 @@ class GraphCheck:
     findings: tuple[str, ...]
 
 
-def check_graph(path: Path, network: Network, files: Mapping[str, WeightPlaces]) -> GraphCheck:
+def check_graph(path: Path, network: Network, files: Mapping[str, WeightPlaces], most: int) -> GraphCheck:
     """Check an ONNX file: opset, weights, interface, ``onnx.checker`` and strict shape inference.
 
     Args:
         path: The file.
         network: What the manifest says of it.
         files: The weight files that its manifest knows.
+        most: How many values a tensor may have.
     """
     try:
         with reading(path.name, BundleError, fix=""), no_foreign_lines():
             content = read_whole(path, BundleError, fix="", limit=_LARGEST)
+            check_bounded(content, most)
             return _checked(onnx.ModelProto.FromString(content), network, files)
     except BundleError as error:
         return GraphCheck(0, 0, 0, (error.what,))

@@ -13,7 +13,7 @@ operator goes once through x. It wants one cosine and one sine for each pair: wh
 the sign of the sines, the graph stays as it is. Other engines do not know it; so this is done in memory.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +26,22 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 Table = NDArray[np.float32]
+Compute = Callable[["ModelProto"], Sequence[Table]]
 
 
-def rotate_at_once(model: "ModelProto") -> int:
-    """Rewrite every rotation of float32 values, and return how many there were."""
+def rotate_at_once(model: "ModelProto", compute: Compute) -> int:
+    """Rewrite every rotation of float32 values, and return how many there were.
+
+    Args:
+        model: A graph, weights outside of it.
+        compute: Returns the outputs of a small graph without inputs, in its order.
+    """
     from onnx import helper, numpy_helper
 
     makers = {name: node for node in model.graph.node for name in node.output}
     found = [rotation for node in model.graph.node if (rotation := _match(node, makers))]
     names = {name for rotation in found for name in (rotation.cos, rotation.sin)}
-    halves = _halved(_values(model, makers, names), found)
+    halves = _halved(_values(model, makers, names, compute), found)
     found = [rotation for rotation in found if rotation.cos in halves and rotation.sin in halves]
     if not found:
         return 0
@@ -87,10 +93,11 @@ def _constant(node: "NodeProto | None") -> NDArray[Any] | None:
     return None if value is None else numpy_helper.to_array(value)
 
 
-def _values(model: "ModelProto", makers: Mapping[str, "NodeProto"], names: Collection[str]) -> dict[str, Table]:
+def _values(
+    model: "ModelProto", makers: Mapping[str, "NodeProto"], names: Collection[str], compute: Compute
+) -> dict[str, Table]:
     """Compute the tables that depend on nothing but constants that lie in the graph."""
     from onnx import helper
-    from onnx.reference import ReferenceEvaluator
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer if not tensor.external_data}
     known = [name for name in sorted(names) if _is_known(name, makers, stored)]
@@ -104,9 +111,9 @@ def _values(model: "ModelProto", makers: Mapping[str, "NodeProto"], names: Colle
     nodes = [node for node in model.graph.node if needed.intersection(node.output)]
     kept = [tensor for name, tensor in stored.items() if name in needed]
     outputs = [helper.make_empty_tensor_value_info(name) for name in known]
-    tables = helper.make_model(helper.make_graph(nodes, "tables", [], outputs, kept), opset_imports=model.opset_import)
-    computed: Any = ReferenceEvaluator(tables).run(known, {}) if known else []
-    return dict(zip(known, computed, strict=True))
+    graph = helper.make_graph(nodes, "tables", [], outputs, kept)
+    tables = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return dict(zip(known, compute(tables) if known else [], strict=True))
 
 
 def _is_known(name: str, makers: Mapping[str, "NodeProto"], stored: Collection[str]) -> bool:

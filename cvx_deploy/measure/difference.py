@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cvx_deploy.measure.thresholds import Thresholds
+from cvx_deploy.measure.thresholds import ForecastLimits, Thresholds
 
 Video = NDArray[np.float32]  # (frames, height, width, 3) in [0, 1]
 Array = NDArray[Any]
@@ -90,7 +90,7 @@ class VideoDifference:
     ssim: float
     flicker: float
 
-    def beyond(self, limits: Thresholds) -> tuple[str, ...]:
+    def beyond(self, limits: Thresholds | ForecastLimits) -> tuple[str, ...]:
         """Say which limits it breaks."""
         broken = [
             f"{name} {getattr(self, name):.4g} is below {getattr(limits, name):g}"

@@ -26,9 +26,11 @@ from cvx_deploy.measure.difference import difference, drift, video_difference
 from cvx_deploy.measure.thresholds import THRESHOLDS, Thresholds, coarsest, row_of
 from cvx_deploy.parity.cases import CASES, Arrays, Case, Expected, roles, run_cases
 from cvx_deploy.parity.divergence import Layer, Open, Side, first_layers, first_modules
+from cvx_deploy.parity.forecast import forecast_result
 from cvx_deploy.parity.graph_runner import GraphRunner, graph_runner, last_engine
 from cvx_deploy.parity.ladder import (
     Divergence,
+    ForecastResult,
     Level,
     NetworkResult,
     Parity,
@@ -38,6 +40,7 @@ from cvx_deploy.parity.ladder import (
     VideoResult,
 )
 from cvx_deploy.parity.recorder import Recorder
+from cvx_deploy.parity.reduction import Fault, Reduction, reduced
 from cvx_deploy.parity.wishes import GUIDANCE, remake_of, wish_of
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.run import run
@@ -68,6 +71,8 @@ class CheckRequest:
         level: Networks alone, latents step by step too, or whole videos too.
         steps: Denoising steps of the run that networks' inputs are taken from.
         shapes: Which of the bundle's; all when there are none.
+        reduce: A folder for the smallest pieces of networks that the first failing rung refuses or runs wrong.
+        fast: Whether a video with steps forecast is held against the full run, too, in the bundle's own steps.
     """
 
     engine: EngineName | None = None
@@ -76,6 +81,8 @@ class CheckRequest:
     steps: int = 4
     seed: int = 0
     shapes: tuple[Shape, ...] = ()
+    reduce: Path | None = None
+    fast: bool = False
 
 
 def check(
@@ -116,6 +123,7 @@ class _Climb:
         self.checkpoint = with_adapters(checkpoint, self.graphs["onnx"])
         self.rungs = self._rungs()
         self.suspects: dict[tuple[RungName, str], tuple[Bundle, str, Case]] = {}
+        self.refused: dict[tuple[RungName, str], tuple[Bundle, str, Case, str]] = {}
 
     @property
     def _last_graphs(self) -> RungName:
@@ -180,7 +188,23 @@ class _Climb:
             told,
             tuple(self.rungs.values()),
         )
-        return replace(found, divergence=tuple(self._divergence(found.first_failing)))
+        forecasts = tuple(map(self._forecast, self.shapes if self.request.fast else ()))
+        found = replace(found, divergence=tuple(self._divergence(found.first_failing)), forecasts=forecasts)
+        return replace(found, reduced=tuple(self._reductions(found.first_failing)))
+
+    def _forecast(self, shape: Shape) -> ForecastResult:
+        """Hold a video with steps forecast against the full run of what the last rung runs on."""
+        view, defaults = self.bundle.at(shape), self.bundle.manifest.defaults
+        wish = wish_of(self.bundle, shape, self.request, self.folder)
+        request = RunRequest(
+            (wish.prompt,),
+            image=wish.image,
+            steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale,
+            seed=wish.seed,
+        )
+        opened = self._opener(self._last_graphs if self.engine is None else "engine")(view)
+        return forecast_result(opened, request, self.folder, self.progress)
 
     def _check_shape(self, shape: Shape, expected: Expected, show: Show) -> None:
         from cvx_deploy.exporters.reference.eager import eager_video
@@ -290,6 +314,7 @@ class _Climb:
                 rung.notes.append(f"{name} was not run at {case.label}: {error.what}")
             else:
                 rung.networks.append(NetworkResult(name, str(view.shape), case.label, None, (error.what,)))
+                self.refused.setdefault((rung.name, name), (view, role, case, error.what))
 
     def _hold(self, rung: Rung, shape: str, latents: tuple[Frames, ...], frames: Frames, video: "EagerVideo") -> None:
         """Hold a whole run against that of diffusers in float32."""
@@ -337,6 +362,21 @@ class _Climb:
                 if layers:
                     yield Divergence(network, str(view.shape), tuple(layers))
 
+    def _reductions(self, rung: Rung | None) -> Iterator[Reduction]:
+        """Yield each network of a failing rung cut down to what still shows it, where that was asked for."""
+        engine = None if rung is None else self.engine if rung.name == "engine" else _engine_of(self.runners, rung.name)
+        if rung is None or engine is None or self.request.reduce is None:
+            return
+        faults = {name: (*what, "") for (at, name), what in self.suspects.items() if at == rung.name}
+        faults |= {name: what for (at, name), what in self.refused.items() if at == rung.name}
+        for name, (view, role, case, said) in faults.items():
+            limits = self._limits(rung, view.network(role))
+            fault = Fault(engine, said, limits.relative_l2 if limits else 0.0)
+            try:
+                yield reduced(view, role, case, fault, self.request.reduce / f"reduced-{name}", self.progress)
+            except CvxError as error:
+                self.progress.note(f"{name} is not reduced: {error}")
+
     def _layers(self, rung: Rung, view: Bundle, role: str, case: Case) -> list[Layer]:
         """Return the first nodes of a network that differ on a rung, where its inner tensors can be looked at."""
         limits = self._limits(rung, view.network(role))
@@ -356,6 +396,11 @@ class _Climb:
         from cvx_deploy.graph.probe import Graph
 
         return Side(Graph(self.graphs.get(rung, self.bundle).at(view.shape), role), self._opener(rung))
+
+
+def _engine_of(runners: dict[RungName, GraphRunner], rung: RungName) -> EngineName | None:
+    """Return what runs a rung of graphs; None for those of eager PyTorch."""
+    return runners[rung].engine if rung in runners else None
 
 
 def _tried(open_: Open, bundle: Bundle, role: str, cases: list[Case]) -> Iterator[Arrays | CvxError]:

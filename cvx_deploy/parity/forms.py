@@ -49,8 +49,22 @@ def junit(parity: Parity) -> str:
             test = ElementTree.SubElement(suite, "testcase", classname=rung.name, name=result.subject)
             if result.broken:
                 ElementTree.SubElement(test, "failure", message=result.broken[0]).text = "\n".join(result.broken)
+    _forecast_suite(root, parity)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _forecast_suite(root: ElementTree.Element, parity: Parity) -> None:
+    """Add what was found of videos with steps forecast, where that was asked for."""
+    if not parity.forecasts:
+        return
+    failures = sum(bool(one.broken) for one in parity.forecasts)
+    told = {"name": "forecast", "tests": str(len(parity.forecasts)), "failures": str(failures), "skipped": "0"}
+    suite = ElementTree.SubElement(root, "testsuite", told)
+    for one in parity.forecasts:
+        test = ElementTree.SubElement(suite, "testcase", classname="forecast", name=f"--fast at {one.shape}")
+        if one.broken:
+            ElementTree.SubElement(test, "failure", message=one.broken[0]).text = "\n".join(one.broken)
 
 
 def markdown(parity: Parity) -> str:
@@ -64,9 +78,13 @@ def _lines(parity: Parity) -> Iterator[str]:
     yield ""
     yield f"{verdict}." if parity.error is None else f"**{parity.error.what}.** {parity.error.fix}."
     yield ""
+    yield from (line for one in parity.reduced for line in (f"{one}.", ""))
     yield f"Held against `{parity.checkpoint}` in diffusers, float32. Engine: {parity.engine}."
     for rung in parity.rungs:
         yield from _rung_lines(rung)
+    if parity.forecasts:
+        yield from ("", "## Steps forecast: against the engine's own full run, which is no parity", "")
+        yield from (f"- {one}{': ' + '; '.join(one.broken) if one.broken else ''}" for one in parity.forecasts)
     yield from ("", "## Conditions", "", "```json", json.dumps(parity.conditions, indent=2), "```")
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from cvx_deploy.errors import ParityError
 from cvx_deploy.measure.difference import Difference, VideoDifference
 from cvx_deploy.parity.divergence import Layer
+from cvx_deploy.parity.reduction import Reduction
 
 RungName = Literal["eager", "own-type", "onnx", "rewritten", "quantized", "engine"]
 Level = Literal["networks", "trajectory", "video"]
@@ -77,6 +78,27 @@ class VideoResult:
         return f"video at {self.shape}"
 
 
+@dataclass(frozen=True)
+class ForecastResult:
+    """A video with steps forecast, against the same engine's video of all steps; see `cvx_deploy.parity.forecast`.
+
+    Attributes:
+        steps: What was run and what forecast, in words; None where it was not made, as `difference`.
+    """
+
+    shape: str
+    difference: VideoDifference | None
+    steps: str | None
+    broken: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"--fast at {self.shape}: {'; '.join(self.broken)}"
+        one = self.difference
+        figures = f"PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.5f}, flicker {one.flicker:.1e}"
+        return f"--fast at {self.shape}, against the engine's own full run: {figures} ({self.steps})"
+
+
 Result = NetworkResult | TrajectoryResult | VideoResult
 
 
@@ -131,6 +153,8 @@ class Parity:
     Attributes:
         conditions: Versions, machine, seed, steps: all that the figures depend on.
         divergence: Where the networks part that the first failing rung fails in.
+        reduced: The smallest pieces of those networks that still show it, where they were asked for.
+        forecasts: What forecasting steps does to a video of each shape, where that was asked for; no parity.
     """
 
     bundle: str
@@ -141,6 +165,8 @@ class Parity:
     conditions: dict[str, Any]
     rungs: tuple[Rung, ...]
     divergence: tuple[Divergence, ...] = ()
+    reduced: tuple[Reduction, ...] = ()
+    forecasts: tuple[ForecastResult, ...] = ()
 
     @property
     def first_failing(self) -> Rung | None:
@@ -152,11 +178,21 @@ class Parity:
         """What is wrong, naming the first rung that fails and the layers that differ first."""
         rung = self.first_failing
         if rung is None:
-            return None
+            return self._forecast_error
         first = rung.failures[0]
         place = f"; {'; '.join(map(str, self.divergence))}" if self.divergence else ""
         what = f"{self.bundle} fails at the rung {rung.name} ({MEANING[rung.name]}): {first.subject}: {first.broken[0]}"
         return ParityError(what + place, fix=_fix(rung.name, self.bundle, self.checkpoint))
+
+    @property
+    def _forecast_error(self) -> ParityError | None:
+        strayed = next((one for one in self.forecasts if one.broken), None)
+        if strayed is None:
+            return None
+        what = (
+            f"every rung of {self.bundle} that was tried holds, but its videos do not stand --fast: at {strayed.shape}"
+        )
+        return ParityError(f"{what} {strayed.broken[0]}", fix=_FORECAST_FIX)
 
     @property
     def verdict(self) -> str:
@@ -175,7 +211,7 @@ class Parity:
         values = {key: value for key, value in asdict(self).items() if key != "rungs"}
         head = {
             "schema_version": SCHEMA_VERSION,
-            "passed": rung is None,
+            "passed": self.error is None,
             "first_failing": rung.name if rung else None,
             "skipped": {rung.name: rung.skipped for rung in self.rungs if rung.skipped},
         }
@@ -196,7 +232,8 @@ class Parity:
             yield from (f"         {line}" for line in (*summaries(rung), *rung.notes))
             for result in rung.failures:
                 yield f"         {result.subject}: {'; '.join(result.broken)}"
-        yield from map(str, self.divergence)
+        yield from map(str, (*self.divergence, *self.reduced))
+        yield from (f"{'FAILED' if one.broken else 'ok':<8} {one}" for one in self.forecasts)
         if self.error is None:  # what is wrong is said on stderr
             yield self.verdict
 
@@ -220,6 +257,7 @@ def summaries(rung: Rung) -> Iterator[str]:
             yield f"video at {video.shape}: PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.5f}, flicker {one.flicker:.1e}"
 
 
+_FORECAST_FIX = "run it without --fast, or find its own steps to run: cvx-deploy calibrate-cache --help"
 _FIXES: dict[RungName, str] = {
     "eager": "check the checkpoint: its own networks give no numbers",
     "own-type": "check the checkpoint: its own networks give no numbers",

@@ -135,8 +135,10 @@ def _failures(check: Callable[[], object]) -> tuple[str, ...]:
 
 
 def _networks(bundle: Bundle, progress: Progress, weights: dict[str, FileReport]) -> dict[str, NetworkReport]:
+    from cvx_deploy.graph.bounded import most_values
     from cvx_deploy.graph.check import check_graph
 
+    most = max(map(most_values, bundle.shapes))
     places = {name: _places(bundle, name) for name in weights}
     reports = {}
     with progress.task("check graphs", len(bundle.manifest.networks)) as advance:
@@ -145,7 +147,7 @@ def _networks(bundle: Bundle, progress: Progress, weights: dict[str, FileReport]
             report = NetworkReport(0, 0, 0, (), findings)
             path = _found(bundle, network.file.path)
             if path is not None:
-                graph = check_graph(path, network, places)
+                graph = check_graph(path, network, places, most)
                 report = NetworkReport(graph.opset, graph.nodes, graph.weights, (), findings + graph.findings)
             reports[name] = report
             advance(1)

@@ -36,6 +36,11 @@ MEANINGLESS_BESIDE = (
     Rule("resume", ("cache", "fast"), "what forecasts rest on is not kept"),
     Rule("latents", ("video",), "both say where to start"),
     Rule("prompt_embeds", ("prompts",), "the embeddings are what a prompt is made into"),
+    Rule(
+        "latents_dtype",
+        ("cache", "cache_speedup", "cache_tolerance", "fast"),
+        "it repeats a pipeline of diffusers, which runs every step",
+    ),
     Rule("each_seed", ("seed",), "every video has a seed of its own"),
 )
 """Beside `option`, each of `beside` would be ignored."""

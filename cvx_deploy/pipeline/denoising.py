@@ -17,6 +17,7 @@ from cvx_deploy.pipeline.policy import Action, StepPolicy
 from cvx_deploy.pipeline.report import StepsTaken
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.pipeline.resume import ResumePoint
+from cvx_deploy.pipeline.rounding import rounded
 from cvx_deploy.pipeline.sampler import Conditions, Latents, Modulation, Sessions, denoise
 from cvx_deploy.pipeline.schedulers import Scheduler
 from cvx_deploy.pipeline.shapes import latent_shape, padding
@@ -84,15 +85,15 @@ class Videos:
             yield Step(index, done, count, step.timestep, latents, is_forecast, point)
         self.finished[index] = latents[:, padding(self.bundle) :]
         if policy is not None:
-            self.taken[index] = _steps_taken(actions, error)
+            self.taken[index] = _steps_taken(actions, error, calibrated=policy.forecast.weights is not None)
 
 
-def _steps_taken(actions: Sequence[Action], error: float | None) -> StepsTaken:
+def _steps_taken(actions: Sequence[Action], error: float | None, *, calibrated: bool) -> StepsTaken:
     run, conditional, forecast = (
         tuple(step for step, action in enumerate(actions) if action == wanted)
         for wanted in ("run", "conditional", "forecast")
     )
-    return StepsTaken(run, conditional, forecast, error)
+    return StepsTaken(run, conditional, forecast, error, calibrated)
 
 
 def _start(
@@ -104,17 +105,19 @@ def _start(
     index: int,
 ) -> tuple[Latents, Latents | None]:
     """Return the latents that denoising starts from, and the image latents that go along with them."""
-    facts = bundle.manifest.vae
-    scale = np.float32(facts.scaling_factor)
+    facts, kept = bundle.manifest.vae, request.latents_dtype
+    # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
+    inverted = request.video is None and facts.invert_scale_latents
+    scale = np.float32(1 / facts.scaling_factor if inverted else facts.scaling_factor)
     shape = latent_shape(bundle)
     noise = generator.randn if request.latents is None else partial(_given_noise, request.latents[index][None])
     if encoded is None:
         return noise(shape), None
+    scaled = rounded(scale * encoded, kept)
     if request.video is not None:
-        return scheduler.add_noise(scale * encoded, generator.randn(shape), scheduler.start), None
+        return scheduler.add_noise(scaled, generator.randn(shape), scheduler.start), None
     image_latents = np.zeros(shape, np.float32)
-    # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
-    image_latents[:, :1] = encoded * (1 / scale if facts.invert_scale_latents else scale)
+    image_latents[:, :1] = scaled
     return noise(shape), image_latents
 
 

@@ -5,6 +5,7 @@ it stands for. What is kept are up to three latents a branch.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.bundle.step_table import Weights
 from cvx_deploy.pipeline.schedulers import Scheduler
 
 Latents = NDArray[
@@ -29,10 +31,12 @@ class Forecast:
         subject: What is continued: the clean latents that outputs stand for, put together with a step's own latents
             again, or the outputs as they are.
         order: Degree of the polynomial through the last ``order + 1`` real values; 0 repeats the last one.
+        weights: By step, what the last two real values are multiplied by instead, as `calibrate-cache` found it.
     """
 
     subject: Subject = "x0"
     order: Order = 1
+    weights: Mapping[int, Weights] | None = None
 
 
 class Forecaster:
@@ -44,7 +48,7 @@ class Forecaster:
     """
 
     def __init__(self, forecast: Forecast, scheduler: Scheduler) -> None:
-        self._subject, self._scheduler = forecast.subject, scheduler
+        self._subject, self._scheduler, self._weights = forecast.subject, scheduler, forecast.weights or {}
         self._conditional = _Series(forecast.order)
         self._difference = _Series(forecast.order)
 
@@ -57,8 +61,7 @@ class Forecaster:
 
     def output(self, index: int, latents: Latents) -> Latents:
         """Return what the transformer would say of `latents` at a step."""
-        conditional = self._conditional.at(index)
-        return self._said(index, self._both(index, conditional), latents)
+        return self._said(index, self._foretold(index), latents)
 
     def completed(self, index: int, conditional: Latents, latents: Latents) -> Latents:
         """Return both branches (2, F, C, H, W) where only the one of the prompt was run."""
@@ -69,15 +72,24 @@ class Forecaster:
         """Return how far a real output is from its forecast: L2 norm over the output's; None before the first."""
         if not self._conditional.known:
             return None
-        foretold = self._both(index, self._conditional.at(index))
+        foretold = self._foretold(index)
         seen = self._seen(index, output, latents)
         length = float(np.linalg.norm(seen))
         return float(np.linalg.norm(foretold[-len(seen) :] - seen)) / length if length else 0.0
 
+    def _foretold(self, index: int) -> Latents:
+        weights = self._weights_at(index)
+        return self._both(index, self._conditional.at(index, weights[:2]))
+
     def _both(self, index: int, conditional: Latents) -> Latents:
         if not self._difference.known:
             return conditional
-        return np.concatenate([conditional - self._difference.at(index), conditional])
+        difference = self._difference.at(index, self._weights_at(index)[2:])
+        return np.concatenate([conditional - difference, conditional])
+
+    def _weights_at(self, index: int) -> tuple[float, ...]:
+        """Return a step's weights; those of the step before tell how far one that was run is from its forecast."""
+        return self._weights.get(index, self._weights.get(index - 1, ()))
 
     def _seen(self, index: int, output: Latents, latents: Latents) -> Latents:
         return output if self._subject == "output" else self._scheduler.original(index, output, latents)
@@ -95,9 +107,12 @@ class _Series:
     def add(self, place: int, value: Latents) -> None:
         self.known.append((place, value))
 
-    def at(self, place: int) -> Latents:
+    def at(self, place: int, weights: tuple[float, ...] = ()) -> Latents:
+        """Return the value at a place; `weights` are of the last value and of the one before."""
         places = [known for known, _ in self.known]
-        values = (np.float32(_lagrange(places, own, place)) * value for own, value in self.known)
+        if not weights:
+            weights = tuple(_lagrange(places, own, place) for own in reversed(places))
+        values = (np.float32(weight) * value for weight, (_, value) in zip(weights, reversed(self.known), strict=True))
         total: Latents = reduce(np.add, values)
         return total
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bounds import HIGHEST_SEED, LOWEST_SEED
 from cvx_deploy.errors import CvxError
+from cvx_deploy.pipeline.rounding import rounded
+from cvx_deploy.precision import Precision
 
 _BLOCK = 16  # the vector kernel turns 16 uniforms into 16 normals, and takes over at this size
 _HALF = _BLOCK // 2
@@ -42,13 +44,15 @@ class Generator:
     Args:
         seed: What ``torch.Generator.manual_seed`` takes: an int from -2**63 to 2**64 - 1. As in torch, only its low 32
             bits matter.
+        kept: The type that values are drawn in: torch rounds those that it draws in float32.
 
     Raises:
         CvxError: The seed is not such an int.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kept: Precision = "fp32") -> None:
         check_seed(seed)
+        self._kept = kept
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
         self._spare: float | None = None  # the scalar path makes two values at a time and keeps one, as torch does
 
@@ -63,21 +67,24 @@ class Generator:
         self._spare = state.spare
 
     def randn(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Draw standard normal values of `shape`: ``torch.randn(shape, generator=...)`` to within 1e-6."""
+        """Draw standard normal values of `shape`: ``torch.randn(shape, generator=...)`` to within 1e-6, rounded."""
         count = math.prod(shape)
         if count < _BLOCK:
             values = np.array([self._scalar() for _ in range(count)], dtype=np.float32)
         else:
             values = self._vector(count)
-        return values.reshape(shape)
+        return rounded(values.reshape(shape), self._kept)
 
     def _vector(self, count: int) -> NDArray[np.float32]:
         values = np.empty(count, dtype=np.float32)
         for start in range(0, count, _CHUNK):
-            uniforms = self._uniforms(min(_CHUNK, count - start))
-            whole = uniforms.size // _BLOCK * _BLOCK
-            values[start : start + whole] = _box_muller(uniforms[:whole])
-        if count % _BLOCK:  # torch drew uniforms for the rest too, then makes the last 16 values anew
+            drawn = min(_CHUNK, count - start)
+            whole = drawn // _BLOCK * _BLOCK
+            # In float32 torch draws uniforms for the rest too, and has no use for them; in half precision it does not.
+            values[start : start + whole] = _box_muller(
+                self._uniforms(drawn if self._kept == "fp32" else whole)[:whole]
+            )
+        if count % _BLOCK:  # the last 16 values are made anew
             values[-_BLOCK:] = _box_muller(self._uniforms(_BLOCK))
         return values
 

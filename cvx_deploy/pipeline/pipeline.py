@@ -37,6 +37,7 @@ from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.run import events, run
 from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 from cvx_deploy.pipeline.video import Video
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
 
@@ -64,7 +65,8 @@ class Pipeline:
         bundle: What to run, seen at one of its shapes.
         engine: What runs it.
         options: How.
-        devices: Which GPUs; several share out the videos of a call. An engine for CPUs has one.
+        devices: Which GPUs; several share out the videos of a call, and two the branches of guidance where there is one
+            video. An engine for CPUs has one.
         check_finite: Whether every output of every network is searched for NaN and infinity, which is slow.
         prompt_cache: A folder in which prompts' embeddings are kept.
         progress: Told what goes on.
@@ -124,7 +126,7 @@ class Pipeline:
             engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt or tensorrt-rtx.
             shape: Which of the bundle's video sizes, such as ``"49x480x720"``; None for its first.
             checkpoint: Where the bundle's weights have moved to.
-            devices: Which GPUs; several share out the videos of a call.
+            devices: Which GPUs; several share out the videos of a call, or the branches of guidance of a single one.
             threads: CPU threads; None for one per core.
             vram: Bytes of device memory that compiled engines may use.
             cuda_graphs: Whether compiled engines are launched as CUDA graphs.
@@ -215,8 +217,9 @@ class Pipeline:
                 video, the next has one more; ``generator``, a seed for every video, as ints or as objects with
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
-                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``fast``, or ``cache``, fixed or
-                adaptive or a policy of one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
+                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
+                the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
+                one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
                 ``resume``, the ``point`` of a step of an earlier run of the same video, to go on from there.
 
         Raises:
@@ -267,6 +270,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         vae_tiling: bool = False,
+        latents_dtype: Precision = "fp32",
         cache: CacheMode | PolicyMaker | None = None,
         cache_speedup: float | None = None,
         cache_tolerance: float | None = None,
@@ -293,6 +297,7 @@ class Pipeline:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             vae_tiling=vae_tiling,
+            latents_dtype=latents_dtype,
             cache=cache,
             cache_speedup=cache_speedup,
             cache_tolerance=cache_tolerance,
@@ -326,7 +331,7 @@ class Pipeline:
             if self._opened is None or self._opened.index != bundle.index:
                 self._stack.close()
                 self._opened = None
-                needed = networks_needed(bundle, request, self._cache)
+                needed = networks_needed(bundle, request, self._cache, len(self._devices))
                 with ExitStack() as stack:
                     self._backends = tuple(
                         stack.enter_context(self._open(bundle, device, needed)) for device in self._devices or (0,)

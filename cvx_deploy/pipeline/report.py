@@ -30,17 +30,20 @@ class StepsTaken:
         conditional: At these its branch of the prompt alone was, and the negative prompt's was foretold.
         forecast: At these all was foretold.
         error: How far the last step that was run was from its forecast: L2 norm over that of what it said.
+        calibrated: Whether the bundle's own table said which to run, and how to forecast the others.
     """
 
     run: tuple[int, ...]
     conditional: tuple[int, ...]
     forecast: tuple[int, ...]
     error: float | None
+    calibrated: bool = False
 
     def __str__(self) -> str:
         half = f"{len(self.conditional)} by half, " if self.conditional else ""
+        by = ", by the bundle's table" if self.calibrated else ""
         strayed = "" if self.error is None else f"; the last one run was {100 * self.error:.2g}% from its forecast"
-        return f"{len(self.run)} steps run, {half}{len(self.forecast)} forecast{strayed}"
+        return f"{len(self.run)} steps run, {half}{len(self.forecast)} forecast{by}{strayed}"
 
 
 @dataclass
@@ -53,6 +56,7 @@ class RunReport:
         spans: What it did when; a stage may come several times.
         cached_prompts: How many texts' embeddings came from the prompt cache.
         steps: By video, where steps could be forecast.
+        branches_apart: Whether the two branches of guidance ran side by side on two devices.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -60,6 +64,7 @@ class RunReport:
     spans: list[Span] = field(default_factory=list)
     cached_prompts: int = 0
     steps: dict[int, StepsTaken] = field(default_factory=dict)
+    branches_apart: bool = False
 
     @property
     def stages(self) -> dict[str, float]:

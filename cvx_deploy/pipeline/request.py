@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.resume import ResumePoint
+from cvx_deploy.precision import Precision
 
 Pixels = NDArray[np.float32]
 MOST_GUIDANCE = 1000.0
@@ -48,6 +50,8 @@ class RunRequest:
             would draw; the shape is the padded one of 1.5 models.
         prompt_embeds: What the text encoder would say of each prompt, float32 (prompts, S, D), in the place of
             `prompts`; `negative_prompt_embeds` likewise of the negative prompts.
+        latents_dtype: What a pipeline of diffusers keeps its latents in, and draws noise in: fp32, or fp16 or bf16 for
+            the video of one in half precision.
         latents_only: Whether the run ends with the finished latents.
         cache: Which steps are forecast rather than run: by a mask known before the first step, as their outputs go, or
             as a policy of one's own says (see `pipeline.policy`); None runs all.
@@ -77,6 +81,7 @@ class RunRequest:
     latents: Pixels | None = None
     prompt_embeds: Pixels | None = None
     negative_prompt_embeds: Pixels | None = None
+    latents_dtype: Precision = "fp32"
     latents_only: bool = False
     cache: CacheMode | PolicyMaker | None = None
     cache_speedup: float | None = None
@@ -111,6 +116,9 @@ class RunRequest:
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
         if self.resume is not None and self.video_count > 1:
             raise CvxError(f"one video can be resumed, not {self.video_count}", fix="ask for each in a run of its own")
+        if self.latents_dtype not in get_args(Precision):
+            names = " or ".join(get_args(Precision))
+            raise CvxError(f"latents_dtype {self.latents_dtype!r}", fix=f"use {names}")
         self._check_arrays()
 
     def _check_arrays(self) -> None:
@@ -147,6 +155,10 @@ class RunRequest:
         """Whether there is a second branch, of the negative prompt."""
         return self.guidance_scale > 1
 
+    def parts_branches(self, devices: int) -> bool:
+        """Whether the two branches of guidance run on two devices: those of one video, where there are so many."""
+        return self.is_guided and self.video_count == 1 and devices > 1
+
     @property
     def given(self) -> set[str]:
         """The names of the fields that are not as they are by default."""
@@ -160,9 +172,10 @@ def _differs(value: object, default: object) -> bool:
 
 
 def networks_needed(
-    bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None
+    bundle: Bundle, request: RunRequest, prompt_cache: PromptCache | None = None, devices: int = 1
 ) -> list[tuple[str, dict[str, int]]]:
     """Return the role and the sizes of every network that a run loads, so that one that is missing is known at once."""
+    batch = 2 if request.is_guided and not request.parts_branches(devices) else 1
     vae, cut, shape = bundle.manifest.vae, bundle.family.vae, bundle.shape
     halves = [cut.decoder]
     needed: list[tuple[str, dict[str, int]]] = []
@@ -170,7 +183,7 @@ def networks_needed(
         every = texts(request)
         if every and (prompt_cache is None or len(prompt_cache.read(every)) < len(every)):
             needed.append(("text_encoder", {"batch": 1}))
-        needed += [("modulation", {}), ("transformer", {"batch": 2 if request.is_guided else 1})]
+        needed += [("modulation", {}), ("transformer", {"batch": batch})]
         if request.image is not None or request.video is not None:
             halves.append(cut.encoder(vae))
     for half in halves if not request.latents_only else halves[1:]:

@@ -24,6 +24,7 @@ from cvx_deploy.media.encoders import VideoFormat
 from cvx_deploy.media.read import load_image, load_video
 from cvx_deploy.media.write import check_file_place, check_writable, open_writer
 from cvx_deploy.pipeline import vae
+from cvx_deploy.pipeline.branches import denoisers
 from cvx_deploy.pipeline.caching import policy_for
 from cvx_deploy.pipeline.denoising import Videos
 from cvx_deploy.pipeline.devices import share_out
@@ -33,6 +34,7 @@ from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.prompts import embed
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed, texts
+from cvx_deploy.pipeline.rounding import is_kept, rounded
 from cvx_deploy.pipeline.sampler import Latents, modulation_of
 from cvx_deploy.pipeline.schedulers import Scheduler, SchedulerConfig, make_scheduler
 from cvx_deploy.pipeline.shapes import latent_shape, latents_header, padding
@@ -54,7 +56,8 @@ def run(
         backend: Where everything runs.
         request: What to make.
         progress: Told what goes on.
-        others: More devices, which denoise their share of the videos; the result is that of one.
+        others: More devices, which denoise their share of the videos, or the prompt's branch of a single one; see
+            `pipeline.branches`.
         prompt_cache: Embeddings of earlier runs, and where this one's are kept.
         watch: Told of every step and every piece of a video.
 
@@ -136,18 +139,22 @@ def events(
         request: What to make; its output is not looked at.
         progress: Told what goes on.
         report: Where it is noted what was done when.
-        others: More devices, which denoise their share of the videos.
+        others: More devices; see `run`.
         prompt_cache: Embeddings of earlier runs, and where this one's are kept.
 
     Raises:
         CvxError: As `run` does.
     """
+    _check_kept(backend.bundle, request)  # before anything is loaded for it
     if request.from_latents is None:
-        check_task(backend.bundle, request)  # before anything is loaded for it
-    for role, sizes in networks_needed(backend.bundle, request, prompt_cache):
+        check_task(backend.bundle, request)
+    for role, sizes in networks_needed(backend.bundle, request, prompt_cache, 1 + len(others)):
         prefetch(backend, role, sizes)
+    if request.parts_branches(1 + len(others)):
+        prefetch(others[0], "transformer", {"batch": 1})
     if request.from_latents is not None:
         latents = _read_latents(request.from_latents, backend.bundle)
+        _check_values(str(request.from_latents), latents, request)
     else:
         latents = yield from _denoised(backend, request, progress, report, others, prompt_cache)
     yield Denoised(latents)
@@ -179,9 +186,9 @@ def _denoised(
     """Yield every step, and return the finished latents of every video, unpadded."""
     manifest = backend.bundle.manifest
     report.seeds = request.seeds
-    generators = [NoiseGenerator(seed) for seed in report.seeds]
-    schedulers = [_scheduler(manifest, request) for _ in generators]
-    policies = [policy_for(request, scheduler) for scheduler in schedulers]
+    generators = [NoiseGenerator(seed, request.latents_dtype) for seed in report.seeds]
+    schedulers = [scheduler_for(manifest, request) for _ in generators]
+    policies = [policy_for(request, scheduler, backend.bundle) for scheduler in schedulers]
     source = _source_pixels(backend.bundle.shape, request, progress)
     with report.stage("text encoder"):
         prompt_embeds = _prompt_embeds(backend, request, prompt_cache, progress, report)
@@ -192,8 +199,11 @@ def _denoised(
     with report.stage("transformer"):
         videos = Videos(backend.bundle, request, schedulers, policies, generators, prompt_embeds, encoded, modulation)
         steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
-        shared = share_out((backend, *others), len(generators), videos.denoised)
-        with progress.task("denoise", steps) as advance, closing(shared):
+        with (
+            progress.task("denoise", steps) as advance,
+            denoisers((backend, *others), request, report) as devices,
+            closing(share_out(devices, len(generators), videos.denoised)) as shared,
+        ):
             for step in shared:
                 advance(1)
                 yield step
@@ -214,7 +224,7 @@ def _video_count(request: RunRequest) -> int:
 
 def check_schedule(bundle: Bundle, request: RunRequest) -> None:
     """Refuse steps that the schedule does not have, or that are too few for what is asked for; nothing is loaded."""
-    policy_for(request, _scheduler(bundle.manifest, request))
+    policy_for(request, scheduler_for(bundle.manifest, request), bundle)
 
 
 def check_task(bundle: Bundle, request: RunRequest) -> None:
@@ -243,6 +253,26 @@ def check_task(bundle: Bundle, request: RunRequest) -> None:
             )
 
 
+def _check_kept(bundle: Bundle, request: RunRequest) -> None:
+    """Refuse what no pipeline in half precision could do, so that there is none to agree with."""
+    kept, computed = request.latents_dtype, bundle.network("transformer").precision
+    if kept not in ("fp32", computed) and computed != "fp32":
+        raise CvxError(
+            f"latents in {kept} cannot go through a transformer in {computed}: diffusers refuses it, too",
+            fix=f"use --latents-dtype {computed}, or export with --precision {kept}",
+        )
+    if request.latents is not None:
+        _check_values("latents", request.latents, request)
+
+
+def _check_values(name: str, latents: Latents, request: RunRequest) -> None:
+    if request.latents_dtype != "fp32" and not is_kept(latents, request.latents_dtype):
+        raise CvxError(
+            f"{name} hold values that {request.latents_dtype} has not",
+            fix=f"use latents of a run with --latents-dtype {request.latents_dtype}, or leave that out",
+        )
+
+
 def _refuse_video(bundle: Bundle) -> NoReturn:
     """Say which shape video-to-video can be done at, and how to come by it."""
     temporal = bundle.manifest.vae.temporal
@@ -262,7 +292,12 @@ def _refuse_video(bundle: Bundle) -> NoReturn:
     )
 
 
-def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
+def scheduler_for(manifest: Manifest, request: RunRequest) -> Scheduler:
+    """Return the sampler of one video, fresh.
+
+    Raises:
+        CvxError: It has no such number of steps, or none to take.
+    """
     kind = request.scheduler or manifest.scheduler["kind"]
     config = SchedulerConfig.from_config({**manifest.scheduler["config"], "_class_name": _SCHEDULER_CLASSES[kind]})
     start = 0
@@ -274,7 +309,7 @@ def _scheduler(manifest: Manifest, request: RunRequest) -> Scheduler:
                 fix="raise --steps or --strength",
             )
         start = max(request.steps - taken, 0)
-    return make_scheduler(kind, config, request.steps, start)
+    return make_scheduler(kind, config, request.steps, start, request.latents_dtype)
 
 
 _SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
@@ -324,7 +359,7 @@ def _encoded(
     if request.vae_tiling:
         chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
     with progress.task("encode " + ("video" if request.image is None else "image"), chunks) as advance:
-        posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance)
+        posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance, kept=request.latents_dtype)
     return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
 
 
@@ -339,7 +374,8 @@ def _decoded(
     with progress.task("decode", chunks) as advance:
         for index, clip in enumerate(latents):
             # diffusers computes 1 / scale in double and multiplies
-            unscaled = np.float32(1 / manifest.vae.scaling_factor) * clip[None].transpose(0, 2, 1, 3, 4)
+            scaled = clip[None].transpose(0, 2, 1, 3, 4)
+            unscaled = rounded(np.float32(1 / manifest.vae.scaling_factor) * scaled, request.latents_dtype)
             with closing(vae.decode(backend, unscaled, tiled=request.vae_tiling, advance=advance)) as pieces:
                 start = 0
                 while True:

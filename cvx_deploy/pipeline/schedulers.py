@@ -2,8 +2,10 @@
 
 Both agree with diffusers' ``CogVideoXDDIMScheduler`` and ``CogVideoXDPMScheduler`` to 1e-5 at every step, quirks
 included: a step aims at ``t - num_train_timesteps // num_inference_steps``, which is not always the next timestep, and
-DPM draws noise that it does not use. What a config may also hold and those two never read (``clip_sample`` and its kin)
-has no effect here either.
+DPM draws noise that it does not use. In half precision they round where torch does on a CPU: the latents after each
+step, a coefficient that they or noise are multiplied by, and the product; what the transformer says, and what clean
+latents it stands for, stay in float32. What a config may also hold and those two never read (``clip_sample`` and its
+kin) has no effect here either.
 
 Names: ``alpha`` is the cumulative product that papers write with a bar (diffusers' ``alphas_cumprod``), at the timestep
 a step starts from; ``alpha_prev`` is the same at the timestep it goes to.
@@ -21,6 +23,8 @@ from cvx_deploy.bounds import LARGEST_FACTOR, MOST_STEPS
 from cvx_deploy.errors import CheckpointError, CvxError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.pipeline.noise import Generator
+from cvx_deploy.pipeline.rounding import rounded
+from cvx_deploy.precision import Precision
 from cvx_deploy.terminal import safe
 
 Latents = NDArray[np.float32]  # of any shape: the samplers work value by value
@@ -182,6 +186,7 @@ class Scheduler(ABC):
         num_inference_steps: Steps of the whole schedule.
         start: The position in `timesteps` of the first step taken; above 0 for video-to-video, which starts from a
             video made noisy with `add_noise` at that position.
+        kept: The type that latents are kept in.
 
     Attributes:
         timesteps: The training timestep of every step, descending, int64.
@@ -194,14 +199,17 @@ class Scheduler(ABC):
     """
 
     draws_noise: ClassVar[bool] = False
+    _pull: list[np.float32]  # what the clean latents are multiplied by in each step
 
-    def __init__(self, config: SchedulerConfig, num_inference_steps: int, start: int = 0) -> None:
+    def __init__(
+        self, config: SchedulerConfig, num_inference_steps: int, start: int = 0, kept: Precision = "fp32"
+    ) -> None:
         self.timesteps = timesteps_for(config, num_inference_steps)
         if not 0 <= start < len(self.timesteps):
             raise CvxError(
                 f"step {start} of {len(self.timesteps)} is no place to start", fix="raise --steps or --strength"
             )
-        self.start = start
+        self.start, self._kept = start, kept
         self.previous_original: Latents | None = None
         self._prediction_type = config.prediction_type
         alphas = alphas_cumprod(config)
@@ -217,6 +225,16 @@ class Scheduler(ABC):
                 fix="use a checkpoint whose prediction_type is v_prediction, or a timestep_spacing of leading",
             )
 
+    @property
+    def influence(self) -> NDArray[np.float64]:
+        """What an error of each step's clean latents counts for in the finished video, (steps,), by experience.
+
+        A step moves the latents by a share of the clean ones; later steps mend a part of what earlier ones did wrong,
+        but a video's content is decided early. The square root of that share lies between the two, and masks found with
+        it came nearest to the full run; see docs/step-cache.md.
+        """
+        return np.sqrt(np.array(self._pull, np.float64))
+
     @abstractmethod
     def step(self, index: int, model_output: Latents, latents: Latents, generator: Generator) -> Latents:
         """Take the step at position `index` of `timesteps` and return the less noisy latents.
@@ -225,16 +243,16 @@ class Scheduler(ABC):
         """
 
     def add_noise(self, original: Latents, noise: Latents, index: int) -> Latents:
-        """Mix clean latents with noise as the step at `index` expects them; float32 throughout, as in diffusers."""
-        alpha = np.float32(self._alpha[index])
-        noisy: Latents = np.sqrt(alpha) * original + np.sqrt(1 - alpha) * noise
-        return noisy
+        """Mix clean latents with noise as the step at `index` expects them, in the type they are kept in throughout."""
+        alpha = self._rounded(self._alpha[index])
+        signal, share = self._rounded(np.sqrt(alpha)), self._rounded(np.sqrt(self._rounded(1 - alpha)))
+        return self._rounded(self._rounded(signal * original) + self._rounded(share * noise))
 
     def original(self, index: int, model_output: Latents, latents: Latents) -> Latents:
         """Say what clean latents the model's output stands for (equation 12 of arXiv 2010.02502)."""
         signal, noise = self._signal[index], self._noise[index]
         if self._prediction_type == "v_prediction":
-            original: Latents = signal * latents - noise * model_output
+            original: Latents = self._times(signal, latents) - noise * model_output
         elif self._prediction_type == "epsilon":
             original = np.divide(latents - noise * model_output, signal)
         else:
@@ -252,12 +270,21 @@ class Scheduler(ABC):
             output = original
         return output
 
+    def _rounded(self, values: Any) -> Latents:
+        return rounded(values, self._kept)
+
+    def _times(self, coefficient: np.float32, values: Latents) -> Latents:
+        """Multiply latents, or noise, as torch multiplies a tensor of one number by one in half precision."""
+        return self._rounded(self._rounded(coefficient) * values)
+
 
 class DDIMScheduler(Scheduler):
     """The deterministic sampler of arXiv 2010.02502; draws nothing."""
 
-    def __init__(self, config: SchedulerConfig, num_inference_steps: int, start: int = 0) -> None:
-        super().__init__(config, num_inference_steps, start)
+    def __init__(
+        self, config: SchedulerConfig, num_inference_steps: int, start: int = 0, kept: Precision = "fp32"
+    ) -> None:
+        super().__init__(config, num_inference_steps, start, kept)
         keep = np.sqrt((1 - self._alpha_prev) / (1 - self._alpha))
         self._keep = _float32(keep)
         self._pull = _float32(np.sqrt(self._alpha_prev) - np.sqrt(self._alpha) * keep)
@@ -265,8 +292,7 @@ class DDIMScheduler(Scheduler):
     def step(self, index: int, model_output: Latents, latents: Latents, generator: Generator) -> Latents:
         """Take the step at position `index` of `timesteps`; `generator` is left as it is."""
         original = self.original(index, model_output, latents)
-        following: Latents = self._keep[index] * latents + self._pull[index] * original
-        return following
+        return self._rounded(self._times(self._keep[index], latents) + self._pull[index] * original)
 
 
 class DPMScheduler(Scheduler):
@@ -278,8 +304,10 @@ class DPMScheduler(Scheduler):
 
     draws_noise = True
 
-    def __init__(self, config: SchedulerConfig, num_inference_steps: int, start: int = 0) -> None:
-        super().__init__(config, num_inference_steps, start)
+    def __init__(
+        self, config: SchedulerConfig, num_inference_steps: int, start: int = 0, kept: Precision = "fp32"
+    ) -> None:
+        super().__init__(config, num_inference_steps, start, kept)
         alpha, alpha_prev = self._alpha, self._alpha_prev
         # Pure noise has a log SNR of -inf and a clean sample +inf; the limits that follow from them are meant.
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -301,16 +329,18 @@ class DPMScheduler(Scheduler):
         if before is not None and not self._past_zero[index]:
             noise = generator.randn(latents.shape)
             original = self._ahead[index] * original - self._behind[index] * before
-        following: Latents = self._keep[index] * latents + self._pull[index] * original + self._sigma[index] * noise
-        return following
+        kept, drawn = self._times(self._keep[index], latents), self._times(self._sigma[index], noise)
+        return self._rounded(kept + self._pull[index] * original + drawn)
 
 
 SCHEDULERS: dict[SchedulerKind, type[Scheduler]] = {"ddim": DDIMScheduler, "dpm": DPMScheduler}
 
 
-def make_scheduler(kind: SchedulerKind, config: SchedulerConfig, num_inference_steps: int, start: int = 0) -> Scheduler:
+def make_scheduler(
+    kind: SchedulerKind, config: SchedulerConfig, num_inference_steps: int, start: int = 0, kept: Precision = "fp32"
+) -> Scheduler:
     """Make the scheduler that `kind` names; the arguments and errors are those of `Scheduler`."""
-    return SCHEDULERS[kind](config, num_inference_steps, start)
+    return SCHEDULERS[kind](config, num_inference_steps, start, kept)
 
 
 def dynamic_guidance_scale(guidance_scale: float, num_inference_steps: int, timestep: int) -> float:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from cvx_deploy.engines.backend import Backend, DeviceTensor, Session
 from cvx_deploy.families.cogvideox.vae import Grid, VaeHalf
 from cvx_deploy.pipeline.noise import Generator
+from cvx_deploy.pipeline.rounding import rounded
+from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Advance
 
 Clip = NDArray[np.float32]  # (B, C, F, H, W) with B = 1, of pixels in [-1, 1] or of latents
@@ -30,18 +32,22 @@ def count_chunks(backend: Backend, half: VaeHalf, frames: int) -> int:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the encoder says of a clip: a Gaussian of unscaled latents, `mean` and `deviation` (1, C, f, h, w)."""
+    """What the encoder says of a clip: a Gaussian of unscaled latents, `mean` and `deviation` (1, C, f, h, w).
+
+    Drawn latents are rounded to what is `kept`, as the deviation is.
+    """
 
     mean: Clip
     deviation: Clip
+    kept: Precision = "fp32"
 
     def sample(self, generator: Generator) -> Clip:
         """Draw latents (1, C, f, h, w), with one draw of `generator`, as diffusers' ``retrieve_latents`` does."""
-        latents: Clip = self.mean + self.deviation * generator.randn(self.mean.shape)
-        return latents
+        drawn = rounded(self.deviation * generator.randn(self.mean.shape), self.kept)
+        return rounded(self.mean + drawn, self.kept)
 
 
-def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Posterior:
+def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance, kept: Precision = "fp32") -> Posterior:
     """Encode a clip.
 
     Args:
@@ -49,9 +55,12 @@ def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> 
         pixels: (1, 3, F, H, W) in [-1, 1].
         tiled: Whether to work tile by tile.
         advance: Called with 1 after every chunk.
+        kept: The type that latents are kept in.
     """
-    mean, log_variance = np.split(moments(backend, pixels, tiled=tiled, advance=advance), 2, axis=1)
-    return Posterior(mean, np.exp(0.5 * np.clip(log_variance, -30.0, 20.0)))
+    said = rounded(moments(backend, pixels, tiled=tiled, advance=advance), kept)
+    mean, log_variance = np.split(said, 2, axis=1)
+    half = rounded(0.5 * np.clip(log_variance, -30.0, 20.0), kept)
+    return Posterior(mean, rounded(np.exp(half), kept), kept)
 
 
 def moments(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Clip:

@@ -8,7 +8,7 @@ Tables of version 1 held a percentile of every place, too, which nothing used; t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,7 +107,12 @@ class CalibrationTable:
             names = [name for name in file.keys() if name.endswith(".amax")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
             _check_tensors(tensors)
-            return cls(conditions, {name.removesuffix(".amax"): tensor for name, tensor in tensors.items()})
+            if conditions.schema_version < SCHEMA_VERSION:
+                _check_percentiles(file, names)
+            return cls(
+                replace(conditions, schema_version=SCHEMA_VERSION),
+                {name.removesuffix(".amax"): tensor for name, tensor in tensors.items()},
+            )
 
     def as_dict(self) -> dict[str, object]:
         """Return how it came to be, and by place the largest value."""
@@ -146,6 +151,14 @@ def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
             raise ValueError(f"{name} is negative, and is to be a magnitude")
 
 
+def _check_percentiles(file: Any, names: Iterable[str]) -> None:
+    """Raise ValueError unless a table of version 1 is whole: it holds one number beside each range."""
+    for name in names:
+        beside = f"{name.removesuffix('.amax')}.percentile"
+        if list(file.get_slice(beside).get_shape()) != [1]:
+            raise ValueError(f"{beside} is no one number")
+
+
 def _conditions(path: Path, text: str | None) -> Conditions:
     if text is None:
         raise CalibrationError(f"{path} is no calibration table: its metadata does not say so", fix=_AGAIN)
@@ -153,7 +166,7 @@ def _conditions(path: Path, text: str | None) -> Conditions:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version not in _READ:
         raise CalibrationError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=_AGAIN)
-    return replace(msgspec.convert(raw, Conditions), schema_version=SCHEMA_VERSION)
+    return msgspec.convert(raw, Conditions)
 
 
 def describe(table: CalibrationTable) -> str:

@@ -1,5 +1,6 @@
 """The checkpoint that a bundle should agree with: where it lies, fetched if it has to be, its adapters merged."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def _there(bundle: Bundle) -> Path:
         again = source if source != str(recorded) else "DIR"
         raise CheckpointError(
             f"the checkpoint {recorded} that {bundle.path} was exported from is not there",
-            fix=f"name it with --checkpoint {again}{f' --revision {revision}' if revision else ''}",
+            fix=f"name it with --checkpoint {shlex.quote(again)}"
+            + (f" --revision {shlex.quote(revision)}" if revision else ""),
         )
     return recorded
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import regex
 import torch
 from safetensors import safe_open
 
@@ -53,6 +54,12 @@ _PROCESSOR: Final = re.compile(r"(?P<layer>.+?)(?:\.processor)?\.to_(?P<to>q|k|v
 _ALPHA: Final = re.compile(r"(?P<layer>.+?)(?:\.lora)?\.alpha")
 _LARGEST: Final = 1e9  # of an alpha: beyond any that was ever trained with
 _BLOCK: Final = re.compile(r"transformer_blocks\.(\d+)\.")
+
+_LONGEST_PATTERN: Final = 1000
+_REPEATED: Final = re.compile(r"\{\d")
+_MOST_REPEATED: Final = 2  # of {n}, which are written out in memory: n times n times what they repeat
+_OFTEN: Final = re.compile(r"\{[^}]{0,9}\d{3}")
+_PATIENCE: Final = 1.0  # seconds: Python's own matcher could take years, and cannot be told to stop
 
 Part = Literal["A", "B", "bias", "alpha"]
 
@@ -362,12 +369,15 @@ def _of_layer(file: Path, config: dict[str, Any], of: str, name: str, default: A
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{file}: {of} in its LoRA config is no table of patterns", fix="fetch it again")
     for key, value in patterns.items():
+        says = f"{file}: {of} in its LoRA config has {key!r:.80}"
+        if len(key) > _LONGEST_PATTERN or len(_REPEATED.findall(key)) > _MOST_REPEATED or _OFTEN.search(key):
+            raise CheckpointError(f"{says}, which is larger than a pattern of layers is", fix="fetch it again")
         try:
-            matches = re.match(rf"(.*\.)?({key})$", name)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(
-                f"{file}: {of} in its LoRA config has {key!r:.80}, which is no pattern: {error}", fix="fetch it again"
-            ) from error
+            matches = regex.match(rf"(.*\.)?({key})$", name, timeout=_PATIENCE)
+        except TimeoutError as error:
+            raise CheckpointError(f"{says}, which takes too long to match", fix="write it without nested +") from error
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{says}, which is no pattern: {error}", fix="fetch it again") from error
         if matches:
             return value
     return default

@@ -180,6 +180,8 @@ def vae_config(model: Model, scale: Scale) -> Config:
         # Tiles are half a sample, 6x5 latents: the smallest that overlaps of 1/6 and 1/5 divide, else diffusers
         # joins tiles to another size. A 10x14 latent has 2x4 of them, cut short at the far edges.
         config |= {"block_out_channels": [8, 12, 12, 20], "norm_num_groups": 4, "sample_height": 96, "sample_width": 80}
+        if model.name != "1.5-5b":  # whose VAE has all layers; tracing and compiling take as long as there are some
+            config["layers_per_block"] = 1
     return config
 
 

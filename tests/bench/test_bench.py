@@ -25,7 +25,7 @@ from cvx_deploy.progress import SilentProgress
 from tests.command import Outcome, cvx
 from tests.tolerances import PIXELS_PSNR
 
-WORDS = ("bench", "--model", "mini", "--steps", 3, "--runs", 2, "--quiet")
+WORDS = ("bench", "--model", "mini", "--steps", 5, "--runs", 2, "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(folder: Path) -> Outcome:
-    return cvx(*WORDS, "--engine", "onnxruntime", "--output", folder, "--json")
+    return cvx(*WORDS, "--engine", "onnxruntime", "--fast", "--output", folder, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,15 @@ def test_results_are_on_stdout_and_in_three_files(folder: Path, found: BenchResu
     told = json.loads(outcome.out)
     assert told["files"] == [str(folder / name) for name in ("bench.json", "bench.md", "bench.html")]
     assert all(Path(name).stat().st_size for name in told["files"])
-    assert [peer["name"] for peer in told["peers"]] == [peer.name for peer in found.peers] == ["eager", "onnxruntime"]
+    assert (
+        [peer["name"] for peer in told["peers"]]
+        == [peer.name for peer in found.peers]
+        == [
+            "eager",
+            "onnxruntime",
+            "onnxruntime --fast",
+        ]
+    )
 
 
 def test_engine_makes_the_video_that_eager_makes(found: BenchResults) -> None:
@@ -62,25 +70,37 @@ def test_stages_add_up_to_the_whole(found: BenchResults) -> None:
         assert len(peer.runs) == 2
         for run in peer.runs:
             assert 0.8 * run.seconds < sum(run.stages.values()) <= run.seconds
-            assert len(run.steps) == 2
+            assert len(run.steps) == 4
             assert 0 < run.first_frame < run.seconds
             assert {"text encoder", "transformer", "vae decode", "write video"} <= run.stages.keys()
 
 
 def test_only_the_engine_loads_within_a_run(found: BenchResults) -> None:
-    eager, engine = found.peers
+    eager, engine, _ = found.peers
     assert "load" not in eager.runs[0].stages
     assert engine.runs[0].stages["load"] > 0
 
 
 def test_memory_is_that_of_the_peers_own_process(found: BenchResults) -> None:
-    eager, engine = found.peers
+    eager, engine, _ = found.peers
     assert max(engine.runs[0].resident.values()) < max(eager.runs[0].resident.values())
     assert all(sample[1] >= sample[2] > 0 for sample in engine.memory)
 
 
 def test_what_cannot_be_measured_without_a_gpu_is_named(found: BenchResults) -> None:
     assert set(found.not_measured) == {"compile", "int8", "fp8"}
+
+
+def test_steps_forecast_are_held_against_the_engines_own_full_run(folder: Path, found: BenchResults) -> None:
+    *others, fast = found.peers
+    assert [peer.forecast for peer in others] == [None, None]
+    assert fast.forecast is not None
+    assert fast.forecast.against == "onnxruntime"
+    assert fast.forecast.psnr < PIXELS_PSNR
+    assert fast.forecast.broken, "five steps are too few for it: a twin of those that are enough"
+    text = (folder / "bench.md").read_text()
+    assert "no parity with the reference" in text
+    assert "no parity with the reference" in (folder / "bench.html").read_text()
 
 
 def test_conditions_are_complete(found: BenchResults) -> None:

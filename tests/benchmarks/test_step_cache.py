@@ -24,13 +24,14 @@ def test_what_is_kept_is_not_measured_again(step_cache: Any, monkeypatch: pytest
     monkeypatch.setattr(step_cache, "SCHEDULERS", ("ddim",))
     monkeypatch.setattr(step_cache, "cases", lambda *_: {step_cache.FULL: {}, step_cache.FAST: {"fast": True}})
     with Pipeline.from_pretrained("mini", threads=1) as pipe:
-        rows = list(step_cache.measured(pipe, "mini", 1, 6, {}))
+        plan = step_cache.Plan("mini", 0, 1, 6, None, ())
+        rows = list(step_cache.measured(plan, pipe, pipe, {}))
         assert [row.case for row in rows] == [step_cache.FULL, step_cache.FAST]
         assert (rows[0].psnr, rows[0].calls, rows[1].calls) == (200.0, 6, 3)
         assert rows[1].psnr < 200
         file = tmp_path / "kept.jsonl"
         file.write_text(json.dumps(asdict(rows[0])) + "\n")
-        (again,) = step_cache.measured(pipe, "mini", 1, 6, step_cache.read_rows(file))
+        (again,) = step_cache.measured(plan, pipe, pipe, step_cache.read_rows(file))
     assert again.case == step_cache.FAST
     assert again.psnr == rows[1].psnr
     told = step_cache.summary(rows, 6)["mini, ddim"]

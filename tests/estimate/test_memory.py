@@ -160,6 +160,10 @@ def test_a_prediction_for_twice_the_pixels_would_fail() -> None:
             assert wrong != pytest.approx(row["peak"], rel=PLANNED_MEMORY)
 
 
+ALLOCATORS = 2 << 20
+"""Bytes that allocators may keep free for each other: much, beside the few MB of a tiny network."""
+
+
 def peak_here(bundle: Bundle, network: str, batch: int) -> int:
     words = [sys.executable, str(SCRIPT), "--session", str(bundle.path), network, str(batch)]
     return int(subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
@@ -170,13 +174,13 @@ def test_sessions_of_this_machine_take_what_is_predicted(network: NetworkName, t
     bundle = exported("5b")
     batch = 2 if network == "transformer" else 1
     expected = cpu_peak(read(tiny("5b")), bundle.shape, batch)[network]
-    assert expected == pytest.approx(peak_here(bundle, network, batch), rel=PLANNED_MEMORY)
+    assert expected == pytest.approx(peak_here(bundle, network, batch), rel=PLANNED_MEMORY, abs=ALLOCATORS)
 
 
 def test_the_miniature_takes_what_is_predicted() -> None:
     bundle = Bundle.open(miniature("mini"))
     expected = cpu_peak(read(Path(bundle.path)), bundle.shape, 2)["transformer"]
-    assert expected == pytest.approx(peak_here(bundle, "transformer", 2), rel=PLANNED_MEMORY)
+    assert expected == pytest.approx(peak_here(bundle, "transformer", 2), rel=PLANNED_MEMORY, abs=ALLOCATORS)
 
 
 def test_a_video_of_one_chunk_has_no_state() -> None:
@@ -189,4 +193,4 @@ def test_tiles_need_a_quarter_of_the_state() -> None:
     known, shape = Architecture.of_model(MODELS["5b"]), Shape(49, 480, 720)
     whole, tile = (gpu_needs(known, at, "fp16", "fp16", 2)["vae_decoder"].state for at in (shape, tiled(shape)))
     assert whole == 4 * tile
-    assert whole == 2 * 2_809_382_400  # FACTS: 2.8 GB of caches at 480x720 in fp16; one set is read, one is written
+    assert whole == 2 * 2_809_382_400  # one set of 2.8 GB at 480x720 in fp16 is read, one is written

@@ -200,7 +200,7 @@ def test_sizes_of_a_bundle_pass_and_the_one_that_is_wrong_is_named(
 def test_an_encoder_cut_into_other_chunks_than_diffusers_fails_in_a_video_made_from_one(
     chunk: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = with_ratio(tiny("5b"), tmp_path / "checkpoint", 8)
+    folder = with_ratio(tiny("2b"), tmp_path / "checkpoint", 8)
     monkeypatch.setattr(networks, "ENCODER_CHUNK", chunk)
     request = ExportRequest("mine", folder, frames=17, height=48, width=48)
     bundle = bundle_from_checkpoint(request, tmp_path / "bundle")

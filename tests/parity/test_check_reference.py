@@ -16,7 +16,7 @@ from cvx_deploy.parity.check import CheckRequest, check
 from cvx_deploy.parity.ladder import Parity
 from cvx_deploy.progress import SilentProgress
 from tests.command import cvx
-from tests.conftest import Exported, Tiny
+from tests.conftest import Exported, Quantized, Tiny
 from tests.exporters.sources.test_lora import ATTENTION, matrices, written
 from tests.parity.test_check import climbed, failing, on_disk, with_graph
 
@@ -127,6 +127,29 @@ def test_wrong_scales_of_fp8_fail_by_reference_and_an_engine_that_cannot_fails(
     engine = next(rung for rung in found.rungs if rung.name == "engine")
     assert engine.failures
     assert all("fp8, which no CPU can" in result.broken[0] for result in engine.failures)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["int8/fp32", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("int8wo/fp32", "int4wo/fp32"))],
+)
+def test_what_a_cpu_multiplies_in_few_bits_passes_at_every_level(
+    precision: str, quantized: Quantized, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ready(_: object, __: object, ___: str, rewrites: tuple[str, ...] | None) -> Bundle:
+        every: dict[str, Any] = {} if rewrites is None else {"rewrites": rewrites}
+        return exported("5b", frames=9, **every)
+
+    monkeypatch.setattr("cvx_deploy.parity.check._Climb._export", ready)
+    bundle = quantized(precision)
+    found = check(bundle, Checkpoint(Path(bundle.manifest.checkpoint)), CheckRequest(steps=1), SilentProgress())
+    assert found.error is None, str(found)
+    quantized_rung, engine = (
+        next(rung for rung in found.rungs if rung.name == name) for name in ("quantized", "engine")
+    )
+    assert quantized_rung.networks
+    assert engine.trajectories
+    assert [video.shape.partition(", ")[2] for video in engine.videos] == ["", "from a video"]
 
 
 def double_activations(graph: onnx.GraphProto) -> None:

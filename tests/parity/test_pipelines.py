@@ -168,11 +168,11 @@ def with_ratio(checkpoint: Path, folder: Path, ratio: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), (2, 20), (8, 17)])
+@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), pytest.param(2, 20, marks=pytest.mark.nightly), (8, 17)])
 def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
     ratio: int, frames: int, tiny: Tiny, tmp_path: Path
 ) -> None:
-    folder = with_ratio(tiny("5b"), tmp_path / "checkpoint", ratio)
+    folder = with_ratio(tiny("2b"), tmp_path / "checkpoint", ratio)
     request = ExportRequest("mine", folder, frames=frames, height=48, width=48)
     bundle = bundle_from_checkpoint(request, tmp_path / "bundle")
     pictures = [gradient(seed) for seed in range(frames)]
@@ -180,7 +180,7 @@ def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
     for index, frame in enumerate(pictures):
         frame.save(tmp_path / "clip" / f"{index}.png")
     call = {"strength": 0.5, "num_inference_steps": 4, "video": pictures}
-    expected = diffusers(CogVideoXVideoToVideoPipeline, bundle, folder, "dpm", 11, **call)
+    expected = diffusers(CogVideoXVideoToVideoPipeline, bundle, folder, "ddim", 11, **call)
     assert_same(ours(bundle, tmp_path, seed=11, video=tmp_path / "clip", strength=0.5, steps=4), expected)
 
 
@@ -190,7 +190,7 @@ TWO_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shapes"), TWO_SHAPES)
+@pytest.mark.parametrize(("name", "shapes"), [TWO_SHAPES[0], pytest.param(*TWO_SHAPES[1], marks=pytest.mark.nightly)])
 def test_every_shape_of_a_bundle_matches_diffusers(
     name: str, shapes: tuple[Shape, ...], tiny: Tiny, exported: Exported, tmp_path: Path
 ) -> None:

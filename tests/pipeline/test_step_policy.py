@@ -17,7 +17,7 @@ from cvx_deploy.engines.onnxruntime.backend import OrtBackend
 from cvx_deploy.errors import CvxError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
 from cvx_deploy.measure.difference import psnr
-from cvx_deploy.measure.thresholds import FORECAST_PSNR
+from cvx_deploy.measure.thresholds import FORECAST
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.caching import policy_for
 from cvx_deploy.pipeline.events import Step
@@ -232,7 +232,7 @@ def test_the_rule_for_samplers_that_draw_noise_follows_the_clean_latents() -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fast_video_is_close_to_the_full_run(kind: SchedulerKind) -> None:
     video = pipeline()(PROMPT, scheduler=kind, seed=3, fast=True)
-    assert psnr(video.frames[0], full(kind)) > FORECAST_PSNR[kind]
+    assert psnr(video.frames[0], full(kind)) > FORECAST[kind].psnr
     assert len(video.report.steps[0].run) == 25
 
 
@@ -245,7 +245,7 @@ def test_no_trend_is_followed_where_guidance_would_multiply_drawn_noise(
     scheduler = make_scheduler(kind, SchedulerConfig(prediction_type="sample", timestep_spacing="trailing"), 20)
     for how in ({"fast": True}, {"cache": "adaptive"}):
         request: Any = RunRequest((PROMPT,), guidance_scale=guidance, **how)
-        policy = policy_for(request, scheduler)
+        policy = policy_for(request, scheduler, Bundle.open(miniature("mini")))
         assert policy is not None
         assert policy.forecast == Forecast("x0", order)
 
@@ -255,7 +255,7 @@ def test_twin_a_forecast_with_its_sign_turned_is_not(kind: SchedulerKind, monkey
     output = Forecaster.output
     monkeypatch.setattr(Forecaster, "output", lambda self, index, latents: -output(self, index, latents))
     found = pipeline()(PROMPT, scheduler=kind, seed=3, fast=True).frames[0]
-    assert psnr(found, full(kind)) < FORECAST_PSNR[kind]
+    assert psnr(found, full(kind)) < FORECAST[kind].psnr
 
 
 def test_twin_a_forecast_for_the_step_beside_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_twin_a_forecast_for_the_step_beside_is_not(monkeypatch: pytest.MonkeyPa
     output = Forecaster.output
     monkeypatch.setattr(Forecaster, "output", lambda self, index, latents: output(self, index - 1, latents))
     found = pipeline()(PROMPT, scheduler="ddim", seed=3, fast=True).frames[0]
-    assert psnr(found, full("ddim")) < FORECAST_PSNR["ddim"]
+    assert psnr(found, full("ddim")) < FORECAST["ddim"].psnr
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
 from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_file
 from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
+from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
@@ -136,7 +137,7 @@ class OrtBackend(LoadedNetworks[OrtSession]):
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
         described = bundle.network(role)
-        stored = bundle.onnx_bytes(role)
+        stored = bounded_graph(bundle, role)
         with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
             if self._memory.on_gpu:
                 graph = graph_for_cuda(stored, described)

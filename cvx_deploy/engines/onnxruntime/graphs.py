@@ -1,12 +1,19 @@
 """The form of a graph that ONNX Runtime has the kernels for: made when it is loaded, in memory."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession, SessionOptions
 
 from cvx_deploy.bundle.schema import Network
 from cvx_deploy.graph.moves_in_float32 import move_in_float32
 from cvx_deploy.graph.restored_layer_norm import restore_layer_norms
 from cvx_deploy.graph.rotary import rotate_at_once
 from cvx_deploy.graph.tiled_attention import attend_in_tiles, holds_large_scores, is_transformer
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 def graph_for_cpu(graph: bytes, network: Network, sizes: Mapping[str, int]) -> bytes:
@@ -16,10 +23,18 @@ def graph_for_cpu(graph: bytes, network: Network, sizes: Mapping[str, int]) -> b
     import onnx
 
     model = onnx.ModelProto.FromString(graph)
-    changed = rotate_at_once(model)
+    changed = rotate_at_once(model, _computed)
     if holds_large_scores(network, dict(sizes)):
         changed += attend_in_tiles(model)
     return bytes(model.SerializeToString()) if changed else graph
+
+
+def _computed(model: "ModelProto") -> list[NDArray[Any]]:
+    """Return what a graph without inputs puts out."""
+    options = SessionOptions()
+    options.intra_op_num_threads, options.enable_cpu_mem_arena = 1, False  # it is small, and soon gone
+    outputs: list[NDArray[Any]] = InferenceSession(model.SerializeToString(), options).run(None, {})
+    return outputs
 
 
 def graph_for_cuda(graph: bytes, network: Network) -> bytes:

@@ -14,6 +14,7 @@ from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import BundleError, EngineError
+from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
@@ -159,7 +160,7 @@ class OpenVinoBackend(LoadedNetworks[OpenVinoSession]):
         import onnx
 
         with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
-            proto = onnx.ModelProto.FromString(bundle.onnx_bytes(role))
+            proto = onnx.ModelProto.FromString(bounded_graph(bundle, role))
         weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))

@@ -283,5 +283,8 @@ def _failure(library: Library, logger: Any) -> EngineError:
         return UnfusedError("no fused attention kernel takes its shapes and types", fix="export in bf16 or fp16")
     cause = " ".join((logger.errors or ["it gives no reason"])[0].split())
     known = (fix for words, fix in _REMEDIES.items() if re.search(words, text, re.IGNORECASE))
-    fix = next(known, _REPORT)
+    report = (
+        f"run it with --engine onnxruntime, and report what cvx-deploy check --engine {library.kind} --reduce leaves"
+    )
+    fix = next(known, report)
     return EngineError(f"{library.kind} {library.version} cannot compile it: {cause}", fix=fix)

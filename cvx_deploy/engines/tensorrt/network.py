@@ -17,6 +17,7 @@ from cvx_deploy.engines.tensorrt.libraries import Library
 from cvx_deploy.engines.tensorrt.store import Profile
 from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import BundleError, EngineError
+from cvx_deploy.graph.bounded import check_bounded, most_values
 from cvx_deploy.progress import Progress
 from cvx_deploy.reading import reading
 from cvx_deploy.terminal import no_foreign_lines
@@ -49,7 +50,9 @@ def onnx_model(bundle: Bundle, name: str) -> onnx.ModelProto:
     """Read one of the bundle's networks; weights outside of its file stay there."""
     stored = bundle.manifest.networks[name].file
     with reading(bundle.path / stored.path, BundleError, fix=bundle.remedy), no_foreign_lines():
-        model: onnx.ModelProto = onnx.ModelProto.FromString(bundle.content(stored))
+        content = bundle.content(stored)
+        check_bounded(content, max(map(most_values, bundle.shapes)))
+        model: onnx.ModelProto = onnx.ModelProto.FromString(content)
     return model
 
 
@@ -112,5 +115,6 @@ def _refused(parser: Any, library: Library, name: str) -> EngineError:
     operator = first.node_operator()
     where = f"node {first.node_name()} ({operator})" if operator else "the graph"
     reason = " ".join(first.desc().split())
-    fix = _REWRITES.get(operator, "report this with the name of the model; until then run it with --engine onnxruntime")
+    report = f"report it with what cvx-deploy check --engine {library.kind} --reduce leaves of it"
+    fix = _REWRITES.get(operator, f"{report}; until then run it with --engine onnxruntime")
     return EngineError(f"{library.kind} {library.version} refuses {where} of {name}: {reason}", fix=fix)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cvx_deploy.bundle.command import build_command
 from cvx_deploy.bundle.opened import MANIFEST, Bundle, may_replace
 from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.engines.tensorrt.compiled_plan import CompiledPlan
@@ -62,9 +63,7 @@ def engine_kind(bundle: Bundle) -> EngineKind:
     """
     records = _engines(bundle)
     if not records:
-        raise EngineError(
-            f"{bundle.path} has no engine for {_DENOISER}", fix=f"run: cvx-deploy build --bundle {bundle.path} --refit"
-        )
+        raise EngineError(f"{bundle.path} has no engine for {_DENOISER}", fix=build_command(bundle.path, "--refit"))
     return max(records, key=lambda record: (_is_refittable(record), record.built)).key.kind
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cvx_deploy.bundle.command import build_command
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import StoredFile
 from cvx_deploy.engines.cuda import Gpu
@@ -94,8 +95,14 @@ class EngineKey:
         for symbol, size in wanted.sizes.items():
             least, _, most = self.profile.get(symbol, (size, size, size))
             if not least <= size <= most:
-                found.append(f"it takes {symbol} {least} to {most}, not {size}")
+                found.append(f"it takes {symbol} {least} to {most}, not {size}{_WHY.get((symbol, size), '')}")
         return found
+
+
+_WHY = {
+    ("batch", 1): ", which a run without guidance needs, and one whose two branches run on two GPUs",
+    ("batch", 2): ", which guidance needs on one GPU",
+}
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ class EngineStore:
     def remedy(self, kind: EngineKind, gpus: Sequence[Platform]) -> str:
         """Return the command that builds what is missing."""
         target = f" --target {gpus[0].capability}" if kind == "tensorrt-rtx" and gpus else ""
-        return f"run: cvx-deploy build --bundle {self._bundle.path} --engine {kind}{target}"
+        return build_command(self._bundle.path, f"--engine {kind}{target}")
 
     def records(self) -> list[EngineRecord]:
         """Return the records that can be read; a damaged one counts as none, and its engine is built again."""

@@ -27,6 +27,7 @@ from cvx_deploy.pipeline.run import run
 from cvx_deploy.progress import SilentProgress
 from tests.conftest import Exported, in_precision
 from tests.engines.onnxruntime.fake_onnxruntime import NO_CUDNN, FakeOnnxRuntime
+from tests.tolerances import PIXELS_ABSOLUTE
 
 STEPS = 3
 CHUNKS = 3
@@ -72,7 +73,7 @@ def test_a_whole_run_copies_only_what_is_new_and_gives_what_the_cpu_gives(
     expected = video(OrtBackend(mini, THREADS), tmp_path)
     fake = FakeOnnxRuntime(monkeypatch, device=1)
     found = video(OrtBackend(mini, THREADS, device=1), tmp_path)
-    assert np.array_equal(found, expected)
+    assert np.abs(found - expected).max() < PIXELS_ABSOLUTE  # the CPU's graph has operators of its own
     probe = ["upload"]
     prompt = ["upload", "input input_ids", "output prompt_embeds", "run", "download"]
     modulation = ["upload", "input timestep", "output modulation", "run", "download"]

@@ -188,6 +188,7 @@ def test_the_ranking_leads_to_exclusions_that_reach_the_target(
     assert b"<svg" in draw(asked, tmp_path / "plot.svg").read_bytes()
 
 
+@pytest.mark.nightly
 def test_the_last_blocks_of_the_trained_miniature_suffer_most(tmp_path: Path) -> None:
     checkpoint = Checkpoint(miniature("mini"))
     prompts = ("a red circle moves to the right",)

@@ -319,6 +319,16 @@ def test_configs_that_make_no_sense_are_refused(tiny: Tiny, tmp_path: Path) -> N
         (json.dumps({"transformer.alpha_pattern": ["to_q"]}), "alpha_pattern in its LoRA config is no table of patt"),
         (json.dumps({"transformer.rank_pattern": ["to_q"]}), "rank_pattern in its LoRA config is no table of patt"),
         (json.dumps({"transformer.alpha_pattern": {"(": 1}}), r"has '\(', which is no pattern: "),
+        (
+            json.dumps({"transformer.alpha_pattern": {"(.|.)*[!?]": 1}}),
+            "which takes too long to match",
+        ),
+        (
+            json.dumps({"transformer.alpha_pattern": {"((a{1000}){1000}){1000}": 1}}),
+            "which is larger than a pattern of",
+        ),
+        (json.dumps({"transformer.alpha_pattern": {"((a{9}){9}){9}": 1}}), "which is larger than a pattern of layers"),
+        (json.dumps({"transformer.rank_pattern": {"a" * 1001: 1}}), "which is larger than a pattern of layers is"),
         (json.dumps({"transformer.alpha_pattern": {"to_q": [1]}}), r"alpha of .* is \[1\]"),
         (json.dumps({"transformer.lora_alpha": 10**400}), "a number of more than 64 bits"),
         ("[" * 100_000, "is damaged"),

@@ -17,7 +17,7 @@ from cvx_deploy.exporters.tracing.repeat import TRACED, Blocks, repeat_blocks
 from cvx_deploy.shape import Shape
 from tests.conftest import Tiny
 
-LAYERS = 7
+LAYERS = 6
 
 pytestmark = pytest.mark.export
 
