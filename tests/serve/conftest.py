@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -60,6 +60,13 @@ class Server:
         self.data = data
         self.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+
     def start(self) -> None:
         """Start it, and wait until it has said where it listens."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -95,10 +102,9 @@ def until(true: Callable[[], bool]) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return a server of both miniatures; every test leaves it able to work."""
-    running = Server(tmp_path_factory.mktemp("served"), "mini,mini-i2v")
-    running.wait_ready()
-    yield running
-    running.stop()
+    with Server(tmp_path_factory.mktemp("served"), "mini,mini-i2v") as running:
+        running.wait_ready()
+        yield running
 
 
 class Still:

@@ -26,10 +26,9 @@ LONG: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 25, "seed": 7}
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("chaos"))
-    running.wait_ready()
-    yield running
-    running.stop()
+    with Server(tmp_path_factory.mktemp("chaos")) as running:
+        running.wait_ready()
+        yield running
 
 
 def worker_of(server: Server) -> int:
@@ -80,6 +79,7 @@ def test_a_worker_that_is_killed_costs_its_job_nothing(own: Server) -> None:
     assert content(own, create(own, seed=8)) != undisturbed, "the twin: another seed is another video"
 
 
+@pytest.mark.nightly
 def test_a_job_that_kills_its_worker_twice_fails_with_the_reason(own: Server) -> None:
     video = create(own, num_inference_steps=500, cache="fixed")  # no points are saved of such a one
     for _ in range(2):
@@ -110,17 +110,16 @@ def test_a_server_that_is_killed_loses_nothing(own: Server) -> None:
 
 
 def test_a_server_that_is_told_to_end_lets_its_jobs_wait_for_the_next(tmp_path: Path) -> None:
-    server = Server(tmp_path)
-    video = create(server, num_inference_steps=30)
-    until(lambda: shown(server, video)["progress"] > 0)
-    code, said = server.stop()
-    assert code == -signal.SIGTERM, said
-    assert "Traceback" not in said
-    assert list((tmp_path / "videos" / video).glob("point-*.npz")), "where it stood is kept"
-    server.start()
-    first = content(server, video)
-    assert first == content(server, create(server, num_inference_steps=30))
-    server.stop()
+    with Server(tmp_path) as server:
+        video = create(server, num_inference_steps=30)
+        until(lambda: shown(server, video)["progress"] > 0)
+        code, said = server.stop()
+        assert code == -signal.SIGTERM, said
+        assert "Traceback" not in said
+        assert list((tmp_path / "videos" / video).glob("point-*.npz")), "where it stood is kept"
+        server.start()
+        first = content(server, video)
+        assert first == content(server, create(server, num_inference_steps=30))
 
 
 def test_a_server_whose_workers_cannot_come_up_ends_with_the_reason(tmp_path: Path) -> None:
@@ -139,9 +138,8 @@ def test_one_server_at_a_time_has_a_folder(own: Server) -> None:
 
 @pytest.mark.nightly
 def test_a_worker_that_hangs_is_killed_and_its_job_goes_on(tmp_path: Path) -> None:
-    server = Server(tmp_path, patience=20)
-    video = create(server)
-    until(lambda: shown(server, video)["progress"] > 0)
-    os.kill(worker_of(server), signal.SIGSTOP)
-    assert content(server, video) == content(server, create(server))
-    server.stop()
+    with Server(tmp_path, patience=20) as server:
+        video = create(server)
+        until(lambda: shown(server, video)["progress"] > 0)
+        os.kill(worker_of(server), signal.SIGSTOP)
+        assert content(server, video) == content(server, create(server))
