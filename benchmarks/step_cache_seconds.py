@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).with_name("miniature")))
 from score import held_out_examples, score
 
 TOOLS = ("onnxruntime", "numpy")
-WIDE_SHAPE = Shape(9, 240, 360)
+WIDE_SHAPE = Shape(9, 240, 352)
 WIDE_STEPS = 10
 
 

@@ -1,20 +1,22 @@
-"""Graphs that would take any amount of memory, or of time, told from their bytes before an engine sees them.
+"""Graphs that would take any amount of memory, or of time, told before an engine sees them.
 
 A few bytes of ONNX can ask for terabytes: a constant says how large a tensor is to be, or a loop how often it runs. The
-exporter writes no loops, and no operator that is told a size but those it needs for small ones. Read is the protobuf
-itself, not by the library for ONNX, which takes longer to import than this takes.
-
-Source: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto has the numbers of fields.
+exporter writes no loops, and no operator that is told a size but those it needs for small ones.
 """
 
 import math
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import BundleError
 from cvx_deploy.reading import reading
 from cvx_deploy.shape import Shape
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto, TensorProto
 
 _REFUSED = frozenset(
     {"Loop", "If", "Scan", "SequenceMap"}
@@ -25,7 +27,8 @@ _SIZED = frozenset({"Expand", "Pad", "Range", "Resize"})
 _MULTIPLYING = frozenset({"Concat", "Mul"})
 _PASSING = frozenset({"Add", "Cast", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
 """Operators by which a size may come together, or go on."""
-_FLOAT, _INT64, _EXTERNAL = 1, 7, 1
+_NUMBERS = {1: "<f4", 7: "<i8"}  # onnx.TensorProto.FLOAT and INT64
+_EXTERNAL = 1  # onnx.TensorProto.EXTERNAL
 _FEW = 8
 """No tensor has more axes, so that no constant of more values is a shape."""
 _VALUES_A_PIXEL = 1024
@@ -52,130 +55,61 @@ def check_bounded(graph: bytes, most: int) -> None:
 
     Sizes are followed through the operators that exported graphs compute them by; what depends on an input counts as 1.
     """
-    for number, value in _fields(memoryview(graph)):
-        if number == 7:
-            _Graph(most).check(_message(value))
-        elif number == 25:
-            raise ValueError("it has functions of its own, which no graph of this program has")
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.ModelProto.FromString(graph)
+    except DecodeError as error:
+        raise ValueError("it is cut, or no ONNX") from error
+    if model.functions:
+        raise ValueError("it has functions of its own, which no graph of this program has")
+    _Products(most).check(model.graph)
 
 
-class _Graph:
+class _Products:
     """The products of small constants, by name."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._products: dict[str, float] = {}
+        self._known: dict[str, float] = {}
 
-    def check(self, graph: memoryview) -> None:
-        """Look at constants first, which come last."""
-        parts = [(number, value) for number, value in _fields(graph) if number in (1, 5)]
-        for number, value in parts:
-            if number == 5:
-                name, product = self._tensor(_message(value))
-                self._products[name] = product
-        for number, value in parts:
-            if number == 1:
-                self._node(_message(value))
+    def check(self, graph: "GraphProto") -> None:
+        """Look at constants first, then at the operators that take them."""
+        for tensor in graph.initializer:
+            self._known[tensor.name] = self._tensor(tensor)
+        for node in graph.node:
+            self._node(node)
 
-    def _node(self, node: memoryview) -> None:
-        fields = list(_fields(node))
-        inputs, outputs, operators = ([_text(value) for key, value in fields if key == kind] for kind in (1, 2, 4))
-        operator = operators[-1] if operators else ""
-        if operator in _REFUSED:
-            raise ValueError(f"it has the operator {operator}, which no graph of this program has")
-        known = [self._products.get(name, 1.0) for name in inputs]
+    def _node(self, node: "NodeProto") -> None:
+        if node.op_type in _REFUSED:
+            raise ValueError(f"it has the operator {node.op_type}, which no graph of this program has")
+        known = [self._known.get(name, 1.0) for name in node.input]
         product = 1.0
-        if operator in _SIZED and max(known[1:], default=1.0) > self._most:
-            raise ValueError(f"its {operator} makes a tensor of {max(known[1:]):.3g} values, or so many times as large")
-        if operator in _MULTIPLYING:
+        if node.op_type in _SIZED and max(known[1:], default=1.0) > self._most:
+            told = max(known[1:])
+            raise ValueError(f"its {node.op_type} makes a tensor of {told:.3g} values, or so many times as large")
+        if node.op_type in _MULTIPLYING:
             product = math.prod(known)
-        elif operator in _PASSING:
+        elif node.op_type in _PASSING:
             product = known[0] if known else 1.0
-        for attribute in (_message(value) for key, value in fields if key == 5):
-            for number, value in _fields(attribute):
-                if number == 5:
-                    product = self._tensor(_message(value))[1]
-                elif number == 8 and operator == "Constant":
-                    product *= _product(_varints(value))
-        self._products.update(dict.fromkeys(outputs, product))
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                product = self._tensor(attribute.t)
+            elif node.op_type == "Constant":
+                product *= _product(attribute.ints)
+        self._known.update(dict.fromkeys(node.output, product))
 
-    def _tensor(self, tensor: memoryview) -> tuple[str, float]:
-        """Return the name of a constant, and the product of its values where they may be sizes or scales."""
-        dims, values = list[int](), list[float]()
-        name, kind, raw, outside = "", 0, b"", False
-        for number, value in _fields(tensor):
-            if number == 1:
-                dims += _varints(value)
-            elif number == 2:
-                kind = _varints(value)[-1]
-            elif number == 7:
-                values += _varints(value)
-            elif number == 8:
-                name = _text(value)
-            elif number == 9:
-                raw = bytes(_message(value)[: 8 * _FEW + 1])
-            elif number == 14:
-                outside = value == _EXTERNAL
-        if not outside and math.prod(dims) > self._most:
-            raise ValueError(f"its constant {name} has the shape {dims}")
-        code, width = ("q", 8) if kind == _INT64 else ("f", 4)
-        if kind in (_INT64, _FLOAT) and len(raw) <= width * _FEW and len(raw) % width == 0:
-            values += struct.unpack(f"<{len(raw) // width}{code}", raw)
-        return name, _product(values) if kind in (_INT64, _FLOAT) and len(values) <= _FEW else 1.0
+    def _tensor(self, tensor: "TensorProto") -> float:
+        """Return the product of a constant's values, where they may be sizes or scales."""
+        if tensor.data_location != _EXTERNAL and math.prod(tensor.dims) > self._most:
+            raise ValueError(f"its constant {tensor.name} has the shape {list(tensor.dims)}")
+        values: list[Any] = [*tensor.int64_data[: _FEW + 1], *tensor.float_data[: _FEW + 1]]
+        if (kind := _NUMBERS.get(tensor.data_type)) is not None and len(tensor.raw_data) <= 8 * _FEW:
+            values += np.frombuffer(tensor.raw_data, kind).tolist()
+        return _product(values) if kind is not None and len(values) <= _FEW else 1.0
 
 
 def _product(values: Iterable[float]) -> float:
     """Return the product of those that make something larger."""
     return math.prod(float(value) for value in values if value > 1)
-
-
-def _text(value: int | memoryview) -> str:
-    return bytes(_message(value)).decode()
-
-
-def _message(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("it is no ONNX")
-    return value
-
-
-def _varints(value: int | memoryview) -> list[int]:
-    """Return one number, or those that a packed field holds, as signed numbers of 64 bits."""
-    found = [value] if isinstance(value, int) else []
-    place = 0
-    while not isinstance(value, int) and place < len(value):
-        number, place = _varint(value, place)
-        found.append(number)
-    return [number - (1 << 64) if number >> 63 else number for number in found]
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    number = shift = 0
-    while True:
-        if place >= len(data) or shift > 63:
-            raise ValueError("it is cut, or no protobuf")
-        byte = data[place]
-        number |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 128:
-            return number, place
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield the number and the value of every field of a message: bytes, or an integer; fixed ones are left out."""
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
-        if tag & 7 == 0:
-            value, place = _varint(data, place)
-            yield tag >> 3, value
-        elif tag & 7 in (1, 5):
-            place += 8 if tag & 7 == 1 else 4
-        elif tag & 7 == 2:
-            size, place = _varint(data, place)
-            if place + size > len(data):
-                raise ValueError("it is cut, or no protobuf")
-            yield tag >> 3, data[place : place + size]
-            place += size
-        else:
-            raise ValueError("it is no protobuf")
