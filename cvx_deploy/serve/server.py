@@ -26,6 +26,7 @@ from cvx_deploy.serve.supervisor import Supervisor
 _SWEEP = 30.0  # seconds between two looks for what has expired
 _GRACE = 3  # seconds that open connections have when the server goes down
 _MOST_CONNECTIONS = 512
+_WAITING = 512  # connections that wait to be taken
 
 
 def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
+            listener.listen(_WAITING)  # from here on nobody is turned away
         except OSError as error:
             raise CvxError(
                 f"port {port} of {host} cannot be had: {error.strerror}", fix="choose another --port"
