@@ -77,6 +77,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if ("test" in name and name not in FOR_USERS_TESTS) or "__pycache__" in name]
 
 
+def test_wheel_holds_the_web_page(wheel: Path) -> None:
+    packed = contents(wheel)
+    sources = sorted((ROOT / "cvx_deploy" / "serve" / "page").iterdir())
+    assert {"index.html", "page.css", "page.js"} <= {source.name for source in sources}
+    for source in sources:
+        assert packed[f"cvx_deploy/serve/page/{source.name}"] == source.read_bytes()
+
+
 def test_wheel_holds_the_exporters_as_real_files(wheel: Path) -> None:
     packed = contents(wheel)
     sources = sorted((ROOT / "exporters").rglob("*.py"))

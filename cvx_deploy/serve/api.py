@@ -162,12 +162,12 @@ def cancel(identifier: str, service: Serves, owner: Owner) -> JSONResponse:
 
 @router.post("/videos/{identifier}/remix")
 async def remix(identifier: str, request: Request, service: Serves, owner: Owner) -> JSONResponse:
-    """Make a video again with another prompt."""
+    """Make a video again with another prompt, or another seed."""
     _check_open(request)
     body = await body_of(request, {})
-    prompt = parsed(Remixed, body.fields, texts=body.texts).prompt
+    remixed = parsed(Remixed, body.fields, texts=body.texts)
     idempotency = request.headers.get("idempotency-key")
-    job = await run_in_threadpool(service.remix, owner, identifier, prompt, idempotency)
+    job = await run_in_threadpool(service.remix, owner, identifier, remixed, idempotency)
     return JSONResponse(await run_in_threadpool(service.shown, job), headers=_POLL)
 
 

@@ -40,9 +40,10 @@ class Edited(Asked, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Remixed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Another prompt for a video that is there."""
+    """Another prompt for a video that is there, and another seed where one is given."""
 
     prompt: str
+    seed: int | None = None
 
 
 Form = TypeVar("Form", Asked, Edited, Remixed)

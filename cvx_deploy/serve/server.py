@@ -59,6 +59,7 @@ def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
             timeout_graceful_shutdown=_GRACE,
             limit_concurrency=_MOST_CONNECTIONS,
             lifespan="off",
+            ws="none",
         )
         server = _Server(config, supervisor)
         host, port = listener.getsockname()[:2]

@@ -21,7 +21,7 @@ from cvx_deploy.serve.faults import ApiError
 from cvx_deploy.serve.files import VARIANTS, JobFiles, Variant
 from cvx_deploy.serve.hub import Hub
 from cvx_deploy.serve.jobs import ENDED, FullError, Job, JobStore, New, Source, Spec, new_id
-from cvx_deploy.serve.schemas import Asked, seconds_of, video_object
+from cvx_deploy.serve.schemas import Asked, Remixed, seconds_of, video_object
 from cvx_deploy.serve.settings import ServeSettings
 from cvx_deploy.serve.specs import size_of, spec_of, stating
 from cvx_deploy.serve.supervisor import Supervisor
@@ -159,12 +159,12 @@ class Service:
         self.files(job.id).remove()
         self.hub.ended(job.id)
 
-    def remix(self, owner: str, identifier: str, prompt: str, idempotency: str | None) -> Job:
-        """Make a video again, of the same seed and source, with another prompt."""
+    def remix(self, owner: str, identifier: str, remixed: Remixed, idempotency: str | None) -> Job:
+        """Make a video again from the same source with another prompt, of the same seed unless one is given."""
         job = self.find(owner, identifier)
         spec = job.spec
         asked = Asked(
-            prompt=prompt,
+            prompt=remixed.prompt,
             model=spec.model,
             size=f"{spec.width}x{spec.height}",
             num_frames=spec.frames,
@@ -172,7 +172,7 @@ class Service:
             negative_prompt=spec.negative_prompt,
             num_inference_steps=spec.steps,
             guidance_scale=spec.guidance_scale,
-            seed=spec.seed,
+            seed=spec.seed if remixed.seed is None else remixed.seed,
             strength=spec.strength,
             cache=spec.cache,
         )

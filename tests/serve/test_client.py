@@ -86,10 +86,12 @@ def test_remix_list_and_delete(client: openai.OpenAI, pipe: Pipeline, tmp_path: 
     assert again.remixed_from_video_id == first.id
     expected = saved(pipe("a blue square", **FEW), tmp_path / "own.mp4")
     assert client.videos.download_content(again.id).read() == expected
+    reseeded = done(client, client.videos.remix(first.id, prompt=PROMPT, extra_body={"seed": 8}))
+    assert (reseeded.seed, reseeded.num_inference_steps) == (8, first.num_inference_steps)
     page = client.videos.list(limit=1)
-    assert [video.id for video in page.data] == [again.id]
+    assert [video.id for video in page.data] == [reseeded.id]
     assert page.has_more
-    assert next(iter(page.get_next_page())).id == first.id
+    assert next(iter(page.get_next_page())).id == again.id
     seen = [video.id for video in client.videos.list(order="asc", limit=2)]
     assert seen.index(first.id) < seen.index(again.id)
     assert client.videos.delete(first.id).deleted
