@@ -86,7 +86,7 @@ class Browser:
     def wait(self, script: str) -> None:
         """Wait until a script is true."""
         end = time.monotonic() + _PATIENCE
-        while not self.value(script):
+        while not self.value(f"Boolean({script})"):
             assert time.monotonic() < end, (
                 f"it never came: {script}\n{self.said}\n{self.value('document.body.innerText')}"
             )

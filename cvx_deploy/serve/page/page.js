@@ -99,7 +99,11 @@ function showImage() {
 }
 
 function fail(field, message) {
-  find("failure").textContent = message;
+  const place = find("failure");
+  if (field) field.after(place);
+  else ask.querySelector(".main").before(place);
+  place.textContent = message;
+  for (const one of ask.elements) one.removeAttribute("aria-invalid");
   if (!field) return;
   field.closest("details")?.setAttribute("open", "");
   field.setAttribute("aria-invalid", "true");
@@ -110,7 +114,6 @@ function fail(field, message) {
 async function send(event) {
   event.preventDefault();
   fail(null, "");
-  for (const field of ask.elements) field.removeAttribute("aria-invalid");
   const wrong = [...ask.elements].find((field) => !field.checkValidity());
   if (wrong) return fail(wrong, `${wrong.labels[0].textContent}: ${sentence(wrong.validationMessage)}`);
   const body = new FormData(ask);
@@ -128,6 +131,7 @@ async function send(event) {
 }
 
 ask.addEventListener("submit", send);
+ask.addEventListener("input", () => fail(null, ""));
 ask.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask.requestSubmit();
 });
@@ -257,7 +261,7 @@ function show(card, video) {
   if (before) announce(`${states[video.status] || "Ready"}: ${video.prompt}`);
   if (video.status !== "completed") return;
   part(".play").hidden = false;
-  content(card, "thumbnail").then((address) => (part(".play img").src = address), () => null);
+  content(card, "thumbnail").then((address) => (part(".play img").src = part("video").poster = address), () => null);
   if (before && !matchMedia("(prefers-reduced-motion: reduce)").matches) attempt(card, () => play(card));
 }
 
