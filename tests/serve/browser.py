@@ -119,11 +119,8 @@ class Browser:
 
     def focused(self) -> dict[str, str]:
         """Return role and name of what has the focus."""
-        nodes = self.send("Accessibility.getFullAXTree")["nodes"]
-        held = [
-            node for node in nodes if _properties(node).get("focused") and _described(node)["role"] != "RootWebArea"
-        ]
-        return _described(held[0]) if held else {"role": "", "name": ""}
+        held = self.send("Runtime.evaluate", expression="document.activeElement")["result"]["objectId"]
+        return _described(self.send("Accessibility.getPartialAXTree", objectId=held, fetchRelatives=False)["nodes"][0])
 
     def screenshot(self, path: Path, width: int, height: int, scheme: str) -> None:
         """Write what is to be seen in a window of some size, in a light or a dark scheme."""
