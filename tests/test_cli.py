@@ -43,6 +43,7 @@ COMMANDS = [
     "verify",
     "pack",
     "unpack",
+    "serve",
     "completion",
 ]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}

@@ -22,7 +22,7 @@ from cvx_deploy.terminal import LONGEST_PATH, safe
 _DEVICES = "GPUs to spread videos over; two run both branches of guidance of a single one at once. Default: 0."
 
 
-def _devices(text: str) -> tuple[int, ...]:
+def devices_of(text: str) -> tuple[int, ...]:
     """Return the GPUs that 0, or 0,1, means."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
         raise click.BadParameter(f"{text!r} is not a GPU's number, or several such as 0,1")
@@ -111,7 +111,7 @@ def _devices(text: str) -> tuple[int, ...]:
     type=click.IntRange(1, MOST_THREADS),
     help="CPU threads of onnxruntime and openvino. Default: one per core.",
 )
-@click.option("--devices", type=_devices, metavar="N[,N]", help=_DEVICES)
+@click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."

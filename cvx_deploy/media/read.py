@@ -67,6 +67,13 @@ def load_image(path: Path, height: int, width: int) -> NDArray[np.float32]:
     return pixels_of(_rgb_from_file(path), height, width)[None, :, None]
 
 
+def check_pixels(path: Path, most: int) -> None:
+    """Raise MediaError for an image of more than so many pixels, by what its header says; none is decoded."""
+    with _stating(path, "an image"), _opened(path) as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+        if image.width * image.height > most:
+            raise MediaError(f"{path} has {image.width}x{image.height} pixels", fix=f"send {most:,} pixels at most")
+
+
 def load_video(path: Path, frames: int, height: int, width: int) -> DecodedVideo:
     """Read the first `frames` frames of a video file, an animation or a folder of images, and no more.
 

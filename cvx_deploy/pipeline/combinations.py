@@ -33,6 +33,7 @@ MEANINGLESS_BESIDE = (
     ),
     Rule("image", ("video",), "a video starts from one of them"),
     Rule("fast", ("cache", "cache_speedup", "cache_tolerance"), "it is a choice of these"),
+    Rule("resume", ("cache", "fast"), "what forecasts rest on is not kept"),
     Rule("latents", ("video",), "both say where to start"),
     Rule("prompt_embeds", ("prompts",), "the embeddings are what a prompt is made into"),
     Rule(

@@ -16,6 +16,7 @@ from cvx_deploy.pipeline.noise import Generator as NoiseGenerator
 from cvx_deploy.pipeline.policy import Action, StepPolicy
 from cvx_deploy.pipeline.report import StepsTaken
 from cvx_deploy.pipeline.request import RunRequest
+from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.rounding import rounded
 from cvx_deploy.pipeline.sampler import Conditions, Latents, Modulation, Sessions, denoise
 from cvx_deploy.pipeline.schedulers import Scheduler
@@ -68,14 +69,20 @@ class Videos:
             request.dynamic_cfg,
             image_latents,
         )
+        taken = 0
+        if request.resume is not None:
+            taken = request.resume.taken
+            latents = request.resume.restore(latents, scheduler, generator)
         count, policy = len(scheduler.timesteps) - scheduler.start, self.policies[index]
         actions: list[Action] = []
         error: float | None = None
-        for step in denoise(device, sessions, scheduler, latents, conditions, generator, policy):
+        for step in denoise(device, sessions, scheduler, latents, conditions, generator, policy, taken):
             latents, error = step.latents, error if step.error is None else step.error
             actions.append(step.action)
             is_forecast = step.action == "forecast"
-            yield Step(index, step.index - scheduler.start, count, step.timestep, latents, is_forecast)
+            done = step.index - scheduler.start
+            point = ResumePoint.after(done + 1, latents, scheduler, generator) if policy is None else None
+            yield Step(index, done, count, step.timestep, latents, is_forecast, point)
         self.finished[index] = latents[:, padding(self.bundle) :]
         if policy is not None:
             self.taken[index] = _steps_taken(actions, error, calibrated=policy.forecast.weights is not None)

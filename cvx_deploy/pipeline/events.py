@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.pipeline.resume import ResumePoint
+
 
 @dataclass(frozen=True)
 class Step:
@@ -16,6 +18,7 @@ class Step:
         timestep: The scheduler's, falling from about 999.
         latents: What they are after it, float32 (1, F, C, H, W), padded frames first where the model has some.
         forecast: Whether what the transformer would say was foretold, and it was not run.
+        point: Where a run can go on that ends here; None where steps are forecast, since forecasts are not kept.
     """
 
     video: int
@@ -24,6 +27,7 @@ class Step:
     timestep: int
     latents: NDArray[np.float32]
     forecast: bool = False
+    point: ResumePoint | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ with it to 5e-7; the variant for other machines rounds its angles otherwise, and
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,15 @@ def check_seed(seed: int) -> None:
         raise CvxError(f"seed {seed!r} is not an integer of 64 bits", fix="use one from 0 to 4294967295")
 
 
+@dataclass(frozen=True)
+class NoiseState:
+    """Where a generator stands: the Mersenne Twister's words, uint32 (624,), its place in them, and the kept value."""
+
+    words: NDArray[np.uint32]
+    position: int
+    spare: float | None
+
+
 class Generator:
     """A seeded stream of standard normal values, equal to ``torch.Generator("cpu")`` with that seed.
 
@@ -45,6 +55,16 @@ class Generator:
         self._kept = kept
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
         self._spare: float | None = None  # the scalar path makes two values at a time and keeps one, as torch does
+
+    def state(self) -> NoiseState:
+        """Return where it stands; later draws do not change that."""
+        _, words, position, *_ = self._words.get_state(legacy=True)
+        return NoiseState(np.array(words, np.uint32), int(position), self._spare)
+
+    def restore(self, state: NoiseState) -> None:
+        """Go on from where another generator stood."""
+        self._words.set_state(("MT19937", state.words, state.position, 0, 0.0))
+        self._spare = state.spare
 
     def randn(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Draw standard normal values of `shape`: ``torch.randn(shape, generator=...)`` to within 1e-6, rounded."""

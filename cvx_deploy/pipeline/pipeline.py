@@ -33,6 +33,7 @@ from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
+from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.run import events, run
 from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 from cvx_deploy.pipeline.video import Video
@@ -218,7 +219,8 @@ class Pipeline:
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
                 ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
                 the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
-                one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps.
+                one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
+                ``resume``, the ``point`` of a step of an earlier run of the same video, to go on from there.
 
         Raises:
             CvxError: As a call does.
@@ -273,6 +275,7 @@ class Pipeline:
         cache_speedup: float | None = None,
         cache_tolerance: float | None = None,
         fast: bool = False,
+        resume: ResumePoint | None = None,
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
         bundle = bundle_at(self.bundle, ShapeChoice(num_frames, height, width))
@@ -299,6 +302,7 @@ class Pipeline:
             cache_speedup=cache_speedup,
             cache_tolerance=cache_tolerance,
             fast=fast,
+            resume=resume,
         )
         return bundle, request
 

@@ -15,6 +15,7 @@ from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker, check_cache
 from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
+from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.precision import Precision
 
 Pixels = NDArray[np.float32]
@@ -57,6 +58,7 @@ class RunRequest:
         cache_speedup: How many times less often a fixed cache runs the transformer; None for the default.
         cache_tolerance: How far an adaptive cache lets forecasts stray, a share of the output; None for the default.
         fast: Whether to forecast as much as docs/step-cache.md has found safe.
+        resume: Where an earlier run of the same request stood; its one video goes on from there.
     """
 
     prompts: tuple[str, ...]
@@ -85,6 +87,7 @@ class RunRequest:
     cache_speedup: float | None = None
     cache_tolerance: float | None = None
     fast: bool = False
+    resume: ResumePoint | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts and self.from_latents is None and self.prompt_embeds is None:
@@ -111,6 +114,8 @@ class RunRequest:
         both = self.save_latents is not None and self.output is not None
         if both and Path(str(self.save_latents)).absolute() == Path(str(self.output)).absolute():
             raise OutputError(f"{self.output} is to hold both the video and its latents", fix="name two files")
+        if self.resume is not None and self.video_count > 1:
+            raise CvxError(f"one video can be resumed, not {self.video_count}", fix="ask for each in a run of its own")
         if self.latents_dtype not in get_args(Precision):
             names = " or ".join(get_args(Precision))
             raise CvxError(f"latents_dtype {self.latents_dtype!r}", fix=f"use {names}")

@@ -147,7 +147,7 @@ def events(
     """
     _check_kept(backend.bundle, request)  # before anything is loaded for it
     if request.from_latents is None:
-        _check_task(backend, request)
+        check_task(backend.bundle, request)
     for role, sizes in networks_needed(backend.bundle, request, prompt_cache, 1 + len(others)):
         prefetch(backend, role, sizes)
     if request.parts_branches(1 + len(others)):
@@ -222,9 +222,14 @@ def _video_count(request: RunRequest) -> int:
     return count
 
 
-def _check_task(backend: Backend, request: RunRequest) -> None:
+def check_schedule(bundle: Bundle, request: RunRequest) -> None:
+    """Refuse steps that the schedule does not have, or that are too few for what is asked for; nothing is loaded."""
+    policy_for(request, scheduler_for(bundle.manifest, request), bundle)
+
+
+def check_task(bundle: Bundle, request: RunRequest) -> None:
     """Refuse an image or a video that this model, or this bundle, cannot take, and the lack of one it needs."""
-    manifest = backend.bundle.manifest
+    manifest = bundle.manifest
     wants_image = manifest.traits.task == "image-to-video"
     if wants_image and request.image is None:
         raise PromptError(f"{manifest.model} makes videos from an image, and none is given", fix="add --image FILE")
@@ -237,11 +242,9 @@ def _check_task(backend: Backend, request: RunRequest) -> None:
         raise PromptError(
             f"{manifest.model} starts from an image, not a video", fix="use a text-to-video model, or --image FILE"
         )
-    if request.video is not None and not backend.bundle.has("vae_encoder"):
-        _refuse_video(backend.bundle)
-    taken = {spec.name: spec.shape for spec in backend.bundle.network("transformer").inputs}["encoder_hidden_states"][
-        1:
-    ]
+    if request.video is not None and not bundle.has("vae_encoder"):
+        _refuse_video(bundle)
+    taken = {spec.name: spec.shape for spec in bundle.network("transformer").inputs}["encoder_hidden_states"][1:]
     for embeds in (request.prompt_embeds, request.negative_prompt_embeds):
         if embeds is not None and embeds.shape[1:] != taken:
             raise PromptError(

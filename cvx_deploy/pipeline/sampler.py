@@ -91,6 +91,7 @@ def denoise(
     conditions: Conditions,
     generator: Generator,
     policy: StepPolicy | None = None,
+    taken: int = 0,
 ) -> Iterator[Step]:
     """Yield every step from `latents` to the finished ones.
 
@@ -102,6 +103,7 @@ def denoise(
         conditions: What steers it.
         generator: Continues the draws that made `latents`; a step that is forecast draws what one that is run does.
         policy: Says which steps are run, fresh for this video; None runs all.
+        taken: How many steps `latents` have been through already.
 
     Raises:
         EngineError: The latents stopped being numbers, which half precision can do.
@@ -110,7 +112,7 @@ def denoise(
     outputs = _Outputs(transformer, scheduler, policy)
     timesteps = scheduler.timesteps
     steps = len(timesteps) - scheduler.start
-    for index in range(scheduler.start, len(timesteps)):
+    for index in range(scheduler.start + taken, len(timesteps)):
         timestep = int(timesteps[index])
         prediction = outputs.at(index, latents)
         if len(prediction) == 2:

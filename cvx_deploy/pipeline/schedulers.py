@@ -191,6 +191,7 @@ class Scheduler(ABC):
     Attributes:
         timesteps: The training timestep of every step, descending, int64.
         draws_noise: Whether steps add noise that they draw.
+        previous_original: The clean latents that the last step foretold, where the next one looks back at them.
 
     Raises:
         CvxError: The schedule has no such number of steps, or no such `start`.
@@ -209,6 +210,7 @@ class Scheduler(ABC):
                 f"step {start} of {len(self.timesteps)} is no place to start", fix="raise --steps or --strength"
             )
         self.start, self._kept = start, kept
+        self.previous_original: Latents | None = None
         self._prediction_type = config.prediction_type
         alphas = alphas_cumprod(config)
         previous = self.timesteps - config.num_train_timesteps // num_inference_steps
@@ -317,13 +319,12 @@ class DPMScheduler(Scheduler):
         self._keep, self._sigma = _float32(keep), _float32(sigma)
         self._pull = _float32(-np.expm1(-2 * stride) * np.sqrt(alpha_prev))
         self._ahead, self._behind = _float32(1 + blend), _float32(blend)
-        self._previous_original: Latents | None = None
 
     def step(self, index: int, model_output: Latents, latents: Latents, generator: Generator) -> Latents:
         """Take the step at position `index` of `timesteps`, drawing once or twice from `generator`."""
         original = self.original(index, model_output, latents)
-        before = self._previous_original if index > self.start else None
-        self._previous_original = original
+        before = self.previous_original if index > self.start else None
+        self.previous_original = original
         noise = generator.randn(latents.shape)
         if before is not None and not self._past_zero[index]:
             noise = generator.randn(latents.shape)

@@ -155,6 +155,16 @@ def test_odd_chunks_give_the_same_bytes_as_one_write(tmp_path: Path, name: str) 
     assert content(write(tmp_path / "other" / name, 1 - frames)) != whole
 
 
+def test_the_same_frames_give_the_same_bytes_every_time(tmp_path: Path) -> None:
+    blocks = np.random.default_rng(0).random((9, 30, 45, 3)).astype(np.float32).repeat(8, 1).repeat(8, 2)
+    made = set()
+    for _ in range(6):
+        with open_writer(tmp_path / "out.mp4", VideoFormat(9, 240, 360, fps=8)) as writer:
+            writer.write(blocks)
+        made.add((tmp_path / "out.mp4").read_bytes())
+    assert len(made) == 1
+
+
 class Boom(BaseException):
     """Neither an Exception nor anything that is caught by name."""
 

@@ -1,0 +1,380 @@
+"""Serve the miniature to many clients, undisturbed and while workers and servers are killed, and count what came of it.
+
+    python benchmarks/serve.py [--clients N] [--steady N] [--jobs N] [--kills N] [--output benchmarks/results/serve]
+
+Undisturbed, jobs a minute are held against as many processes that use the Python API and nothing else. Under kills
+every accepted job must end once, with the bytes that the Python API writes; the program fails where one does not.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from report import conditions, write
+
+TOOLS = ("onnxruntime", "numpy", "av", "fastapi", "uvicorn", "starlette", "httpx")
+PROMPT = "a red circle moves to the right"
+SEEDS = 8  # so many different videos are asked for, over and over
+ENDED = ("completed", "failed", "cancelled")
+
+
+@dataclass
+class Seen:
+    """What clients saw: seconds of each answer, and by idempotency key the id and the hash of a video."""
+
+    submits: list[float] = field(default_factory=list)
+    polls: list[float] = field(default_factory=list)
+    ids: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    unreachable: int = 0
+    memory: list[dict[str, int]] = field(default_factory=list)
+
+
+class Server:
+    """A server process that can be killed and started again at the same port."""
+
+    def __init__(self, data: Path, workers: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        words = ("serve", "--port", self.port, "--data", data, "--workers", workers, "--threads", 1)
+        more = ("--queue", 100_000, "--jobs-per-key", 100_000)
+        self._command = [sys.executable, "-m", "cvx_deploy", *map(str, words + more)]
+        self.data = data
+        self.start()
+
+    def start(self) -> None:
+        """Start it."""
+        self.process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def wait_ready(self) -> float:
+        """Wait until all workers are ready, and return the seconds that took."""
+        start = time.monotonic()
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                states = httpx.get(f"{self.url}/readyz").json()["workers"]
+                if all(state in ("ready", "busy") for state in states):
+                    return time.monotonic() - start
+            if self.process.poll() is not None:
+                raise SystemExit("the server has ended")
+            time.sleep(0.1)
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the processes of its workers that are there now."""
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self.process.pid).children()
+        return []
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that the server, and its workers together, have for themselves."""
+        own = psutil.Process(self.process.pid).memory_full_info().uss
+        return {"server": own, "workers": sum(worker.memory_full_info().uss for worker in self.workers())}
+
+    def stop(self) -> None:
+        """End it as a service manager does."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+
+def wanted(number: int, steps: int) -> dict[str, Any]:
+    """Return what the job of a number asks for."""
+    return {"prompt": PROMPT, "seed": number % SEEDS, "num_inference_steps": steps}
+
+
+def bare(videos: int, steps: int, folder: Path) -> None:
+    """Make so many videos with the Python API, and print the seconds and the hash of each seed's file."""
+    from cvx_deploy import Pipeline
+
+    hashes: dict[int, str] = {}
+    with Pipeline.from_pretrained("mini", threads=1) as pipe:
+        pipe(PROMPT, num_inference_steps=2)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        start = time.monotonic()
+        for number in range(videos):
+            [path] = pipe(PROMPT, seed=number % SEEDS, num_inference_steps=steps).save(folder / f"{number}.mp4")
+            hashes[number % SEEDS] = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(json.dumps({"seconds": time.monotonic() - start, "hashes": hashes}))
+
+
+def bare_rate(workers: int, videos: int, steps: int) -> tuple[float, dict[int, str]]:
+    """Return how many videos a minute so many processes make, and the hash of each seed's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--bare", str(videos), "--steps", str(steps), "--folder"]
+        processes = []
+        for number in range(workers):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen([*command, str(place)], stdin=pipe, stdout=pipe, text=True))
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [json.loads(process.communicate()[0]) for process in processes]
+    rate = sum(60 * videos / one["seconds"] for one in told)
+    return rate, {int(seed): digest for seed, digest in told[0]["hashes"].items()}
+
+
+def asked(client: httpx.Client, seen: Seen, method: str, path: str, **more: Any) -> tuple[httpx.Response, float]:
+    """Ask until a server answers, and return the answer and the seconds that this one took."""
+    while True:
+        start = time.monotonic()
+        try:
+            answer = client.request(method, path, **more)
+            if answer.status_code < 500:
+                return answer, time.monotonic() - start
+        except httpx.HTTPError:
+            pass
+        seen.unreachable += 1
+        time.sleep(0.2)
+
+
+def one_job(client: httpx.Client, number: int, steps: int, seen: Seen, poll: float) -> None:
+    """Ask for a video under an idempotency key, poll until it has ended, and fetch it."""
+    key = f"job-{number}"
+    body, headers = wanted(number, steps), {"Idempotency-Key": key}
+    answer, seconds = asked(client, seen, "POST", "/v1/videos", json=body, headers=headers)
+    answer.raise_for_status()
+    seen.submits.append(seconds)
+    identifier = answer.json()["id"]
+    if seen.ids.setdefault(key, identifier) != identifier:
+        raise SystemExit(f"{key} has two ids")
+    while True:
+        time.sleep(poll)
+        answer, seconds = asked(client, seen, "GET", f"/v1/videos/{identifier}")
+        answer.raise_for_status()
+        seen.polls.append(seconds)
+        if answer.json()["status"] in ENDED:
+            break
+    if answer.json()["status"] != "completed":
+        error = answer.json()["error"]
+        if error is None or error["code"] != "worker_died":
+            raise SystemExit(f"{identifier} has {answer.json()}")
+        seen.failed.append(identifier)
+        return
+    answer, _ = asked(client, seen, "GET", f"/v1/videos/{identifier}/content")
+    seen.hashes[key] = hashlib.sha256(answer.content).hexdigest()
+
+
+def served(server: Server, clients: int, jobs: int, steps: int, poll: float) -> tuple[Seen, float]:
+    """Let clients share out the jobs; return what they saw, and the seconds to the end of the last."""
+    seen, numbers = Seen(), iter(range(jobs))
+    lock = threading.Lock()
+
+    def client_of() -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while True:
+                with lock:
+                    number = next(numbers, None)
+                    if number is not None and number % max(jobs // 10, 1) == 0:
+                        with contextlib.suppress(psutil.Error):
+                            seen.memory.append(server.memory())
+                if number is None:
+                    return
+                one_job(client, number, steps, seen, poll)
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        for future in [pool.submit(client_of) for _ in range(clients)]:
+            future.result()
+    return seen, time.monotonic() - start
+
+
+@contextlib.contextmanager
+def killing(server: Server, kills: int, pause: float) -> Iterator[list[str]]:
+    """Kill workers, and every third time the server, while the block lasts."""
+    done, killed = threading.Event(), list[str]()
+    choice = random.Random(0)
+
+    def kill() -> None:
+        while len(killed) < kills and not done.wait(pause * choice.uniform(0.5, 1.5)):
+            workers = server.workers()
+            if len(killed) % 3 == 2:
+                server.process.kill()
+                server.process.wait()
+                server.start()
+                killed.append("server")
+            elif workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    choice.choice(workers).kill()
+                    killed.append("worker")
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    yield killed
+    done.set()
+    thread.join()
+
+
+def check(server: Server, seen: Seen, expected: dict[int, str], jobs: int) -> None:
+    """Fail unless every job is there once, completed, with the right bytes, and nothing else lies there."""
+    listed: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while True:
+        page = httpx.get(f"{server.url}/v1/videos", params={"limit": "100", **after}).json()
+        listed += page["data"]
+        if not page["has_more"]:
+            break
+        after = {"after": page["last_id"]}
+    wrong = [key for key, digest in seen.hashes.items() if digest != expected[int(key.split("-")[1]) % SEEDS]]
+    folders = {path.name for path in (server.data / "videos").iterdir()}
+    failed = {server.data / "videos" / identifier for identifier in seen.failed}
+    leftovers = [
+        path
+        for path in server.data.rglob("*")
+        if path.name.startswith(("point-", ".upload-", ".video")) and path.parent not in failed
+    ]
+    ended = len(seen.hashes) + len(seen.failed)
+    if len(listed) != jobs or {one["id"] for one in listed} != set(seen.ids.values()) or ended != jobs:
+        raise SystemExit(f"{len(listed)} jobs are listed, and {ended} were seen to end, of {jobs}")
+    unlike = [one["id"] for one in listed if (one["status"] == "completed") == (one["id"] in seen.failed)]
+    if wrong or unlike:
+        raise SystemExit(f"with other bytes: {wrong}; in another state than was told: {unlike}")
+    if folders != {one["id"] for one in listed} or leftovers:
+        raise SystemExit(f"files are left: {leftovers[:5]}")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return a percentile in milliseconds."""
+    return round(1000 * sorted(values)[min(int(share * len(values)), len(values) - 1)], 2)
+
+
+def latencies(seen: Seen) -> dict[str, float]:
+    """Return how long answers took, in milliseconds."""
+    return {
+        f"{name} p{share}": percentile(values, share / 100)
+        for name, values in (("submit", seen.submits), ("poll", seen.polls))
+        for share in (50, 99)
+    }
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything."""
+    each = max(arguments.steady // arguments.workers // 4, SEEDS)
+    before, expected = bare_rate(arguments.workers, each, arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder) / "steady", arguments.workers)
+        ready = server.wait_ready()
+        seen, seconds = served(server, arguments.clients, arguments.steady, arguments.steps, arguments.poll)
+        seen.memory.append(server.memory())
+        check(server, seen, expected, arguments.steady)
+        server.stop()
+        after, _ = bare_rate(arguments.workers, each, arguments.steps)
+        bare_per_minute = statistics.mean((before, after))
+        rate = 60 * arguments.steady / seconds
+        steady = {
+            "jobs": arguments.steady,
+            "seconds": round(seconds, 1),
+            "jobs_per_minute": round(rate, 1),
+            "bare_per_minute": [round(before, 1), round(after, 1)],
+            "of_bare": round(rate / bare_per_minute, 3),
+            "seconds_to_ready": round(ready, 1),
+            "milliseconds": latencies(seen),
+            "memory_bytes": seen.memory,
+        }
+        server = Server(Path(folder) / "chaos", arguments.workers)
+        server.wait_ready()
+        with killing(server, arguments.kills, arguments.pause) as killed:
+            seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps, arguments.poll)
+        server.wait_ready()
+        _, expected = bare_rate(1, SEEDS, arguments.chaos_steps)
+        check(server, seen, expected, arguments.jobs)
+        server.stop()
+    chaos = {
+        "jobs": arguments.jobs,
+        "seconds": round(seconds, 1),
+        "killed": {kind: killed.count(kind) for kind in ("worker", "server")},
+        "unreachable": seen.unreachable,
+        "completed_with_the_same_bytes": len(seen.hashes),
+        "failed_after_two_kills": len(seen.failed),
+    }
+    return {"steady": steady, "chaos": chaos}
+
+
+def lines_of(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """Return the results as Markdown."""
+    steady, chaos = results["steady"], results["chaos"]
+    first, last = steady["memory_bytes"][1], steady["memory_bytes"][-1]
+    mib = {name: f"{first[name] / 2**20:.0f} to {last[name] / 2**20:.0f}" for name in ("server", "workers")}
+    rows = [
+        ("jobs, steps each", f"{steady['jobs']}, {arguments.steps}"),
+        ("jobs a minute", steady["jobs_per_minute"]),
+        ("the Python API alone, before and after", " and ".join(map(str, steady["bare_per_minute"]))),
+        ("share of it", steady["of_bare"]),
+        *((f"{name}, ms", value) for name, value in steady["milliseconds"].items()),
+        ("private memory of the server, MiB, after a tenth of the jobs and at the end", mib["server"]),
+        ("the same of its workers together", mib["workers"]),
+    ]
+    head = f"{arguments.clients} clients, {arguments.workers} workers with one thread each, the miniature"
+    return [
+        "# Serving",
+        "",
+        f"{head}, undisturbed:",
+        "",
+        "| what | figure |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        f"With kill -9 of {chaos['killed']['worker']} workers and {chaos['killed']['server']} servers: of "
+        f"{chaos['jobs']} accepted jobs of {arguments.chaos_steps} steps every one ended once, "
+        f"{chaos['completed_with_the_same_bytes']} with the bytes that the Python API writes and "
+        f"{chaos['failed_after_two_kills']} as failed, hit twice at the same place; nothing else was left.",
+    ]
+
+
+def main() -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steady", type=int, default=1000, help="jobs of the undisturbed run")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each of them")
+    parser.add_argument("--jobs", type=int, default=300, help="jobs of the run with kills")
+    parser.add_argument("--chaos-steps", type=int, default=50, help="steps of each of them")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between two kills")
+    parser.add_argument("--poll", type=float, default=0.5, help="seconds between two polls of a client")
+    parser.add_argument("--note", default="nothing else ran", help="what else used the machine, for the report")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "serve")
+    parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bare is not None:
+        bare(arguments.bare, arguments.steps, arguments.folder)
+        return
+    names = ("clients", "workers", "steady", "steps", "jobs", "chaos_steps", "kills", "pause", "poll")
+    told = conditions(
+        TOOLS,
+        arguments.note,
+        video="the packaged miniature mini: 9x48x48, guidance 2, fp32, mp4, onnxruntime, one thread a worker",
+        **{name: getattr(arguments, name) for name in names},
+    )
+    results = measured(arguments)
+    write(arguments.output, told, results, lines_of(results, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The files of one job, in a folder that its id names: what it starts from, where it stands, and what it made."""
+
+import base64
+import hashlib
+import io
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cvx_deploy import __version__
+from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.engines.registry import engine_spec
+from cvx_deploy.errors import CvxError
+from cvx_deploy.files import sha256_of, staged_file
+from cvx_deploy.media.contact_sheet import ContactSheet
+from cvx_deploy.media.encoders import VideoFormat, as_bytes
+from cvx_deploy.media.write import VideoWriter, open_writer
+from cvx_deploy.pipeline.resume import ResumePoint
+from cvx_deploy.serve.jobs import Spec
+
+Variant = Literal["video", "thumbnail", "spritesheet"]
+VARIANTS: Final[dict[Variant, tuple[str, str]]] = {
+    "video": ("video.mp4", "video/mp4"),
+    "thumbnail": ("thumbnail.jpg", "image/jpeg"),
+    "spritesheet": ("spritesheet.png", "image/png"),
+}
+_PREVIEW = 320  # pixels of the longer side of a frame that is shown while the video is made
+Frames = NDArray[np.float32]
+
+
+class JobFiles:
+    """See the module.
+
+    Args:
+        folder: It need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, variant: Variant) -> Path:
+        """Return where something that clients can get lies."""
+        return self.folder / VARIANTS[variant][0]
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def keep_source(self, pixels: NDArray[np.uint8]) -> None:
+        """Keep the first frame (H, W, 3), or the clip (F, H, W, 3), that the video starts from."""
+        with staged_file(self.folder / "source.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+
+    def take_source_of(self, other: "JobFiles") -> None:
+        """Keep what another job started from, too."""
+        with staged_file(self.folder / "source.npy") as temporary:
+            shutil.copyfile(other.folder / "source.npy", temporary)
+
+    def source(self) -> NDArray[np.uint8]:
+        """Return what `keep_source` kept."""
+        pixels: NDArray[np.uint8] = np.load(self.folder / "source.npy", allow_pickle=False)
+        return pixels
+
+    def point(self, mark: str) -> ResumePoint | None:
+        """Return where the video stood last; None where it has not begun, or was begun under another mark."""
+        try:
+            return ResumePoint.load(self._point(mark))
+        except CvxError:
+            return None
+
+    def save_point(self, mark: str, point: ResumePoint) -> None:
+        """Keep where the video stands."""
+        point.save(self._point(mark))
+
+    def _point(self, mark: str) -> Path:
+        return self.folder / f"point-{mark}.npz"
+
+    @contextmanager
+    def writing(self, spec: Spec) -> Iterator["Output"]:
+        """Take the frames of the video; its files are there, whole, when the block ends well, and else not."""
+        form = VideoFormat(spec.frames, spec.height, spec.width, spec.fps)
+        with open_writer(self.path("video"), form) as writer:
+            output = Output(writer, form)
+            yield output
+        output.sheet.save(self.path("spritesheet"))
+        assert output.middle is not None
+        with staged_file(self.path("thumbnail")) as temporary:
+            Image.fromarray(output.middle).save(temporary, format="JPEG", quality=90)
+
+    def finished(self) -> int:
+        """Remove what only a running job needs, and return the bytes of what is left."""
+        if not self.folder.is_dir():
+            return 0
+        for leftover in self.folder.glob("point-*.npz"):
+            leftover.unlink(missing_ok=True)
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+
+class Output:
+    """A video that grows.
+
+    Attributes:
+        sheet: Some of its frames in a row.
+        middle: The frame in its middle, once it is there.
+    """
+
+    def __init__(self, writer: VideoWriter, form: VideoFormat) -> None:
+        self._writer, self._at, self._count = writer, form.frames // 2, 0
+        self.sheet = ContactSheet(form)
+        self.middle: NDArray[np.uint8] | None = None
+
+    def add(self, frames: Frames) -> None:
+        """Take the next frames, (n, H, W, 3) in [0, 1]."""
+        self._writer.write(frames)
+        self.sheet.add(frames)
+        if self._count <= self._at < self._count + len(frames):
+            self.middle = as_bytes(frames[self._at - self._count])
+        self._count += len(frames)
+
+    def preview(self, frames: Frames) -> str:
+        """Return the last of some frames, small, as a ``data:`` address."""
+        picture = Image.fromarray(as_bytes(frames[-1]))
+        picture.thumbnail((_PREVIEW, _PREVIEW))
+        content = io.BytesIO()
+        picture.save(content, format="JPEG", quality=80)
+        return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def fingerprint(bundle: Bundle, engine: str, threads: int | None, spec: Spec) -> str:
+    """Return a hash of all that a video's bits depend on: a point under another one is not gone on from."""
+    made_by: list[Any] = [
+        __version__,
+        sha256_of(bundle.path / MANIFEST),
+        engine,
+        engine_spec(engine).version(),
+        threads,
+        msgspec.json.encode(spec).decode(),
+    ]
+    return hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
