@@ -43,6 +43,7 @@ class Seen:
     polls: list[float] = field(default_factory=list)
     ids: dict[str, str] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
     unreachable: int = 0
     memory: list[dict[str, int]] = field(default_factory=list)
 
@@ -169,7 +170,11 @@ def one_job(client: httpx.Client, number: int, steps: int, seen: Seen, poll: flo
         if answer.json()["status"] in ENDED:
             break
     if answer.json()["status"] != "completed":
-        raise SystemExit(f"{identifier} has {answer.json()}")
+        error = answer.json()["error"]
+        if error is None or error["code"] != "worker_died":
+            raise SystemExit(f"{identifier} has {answer.json()}")
+        seen.failed.append(identifier)
+        return
     answer, _ = asked(client, seen, "GET", f"/v1/videos/{identifier}/content")
     seen.hashes[key] = hashlib.sha256(answer.content).hexdigest()
 
@@ -236,11 +241,18 @@ def check(server: Server, seen: Seen, expected: dict[int, str], jobs: int) -> No
         after = {"after": page["last_id"]}
     wrong = [key for key, digest in seen.hashes.items() if digest != expected[int(key.split("-")[1]) % SEEDS]]
     folders = {path.name for path in (server.data / "videos").iterdir()}
-    leftovers = [path for path in server.data.rglob("*") if path.name.startswith(("point-", ".upload-", ".video"))]
-    if len(listed) != jobs or {one["id"] for one in listed} != set(seen.ids.values()) or len(seen.hashes) != jobs:
-        raise SystemExit(f"{len(listed)} jobs are listed, and {len(seen.hashes)} were seen to end, of {jobs}")
-    if any(one["status"] != "completed" for one in listed) or wrong:
-        raise SystemExit(f"not completed, or with other bytes: {wrong}")
+    failed = {server.data / "videos" / identifier for identifier in seen.failed}
+    leftovers = [
+        path
+        for path in server.data.rglob("*")
+        if path.name.startswith(("point-", ".upload-", ".video")) and path.parent not in failed
+    ]
+    ended = len(seen.hashes) + len(seen.failed)
+    if len(listed) != jobs or {one["id"] for one in listed} != set(seen.ids.values()) or ended != jobs:
+        raise SystemExit(f"{len(listed)} jobs are listed, and {ended} were seen to end, of {jobs}")
+    unlike = [one["id"] for one in listed if (one["status"] == "completed") == (one["id"] in seen.failed)]
+    if wrong or unlike:
+        raise SystemExit(f"with other bytes: {wrong}; in another state than was told: {unlike}")
     if folders != {one["id"] for one in listed} or leftovers:
         raise SystemExit(f"files are left: {leftovers[:5]}")
 
@@ -296,7 +308,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "killed": {kind: killed.count(kind) for kind in ("worker", "server")},
         "unreachable": seen.unreachable,
-        "ended_once_with_the_same_bytes": len(seen.hashes),
+        "completed_with_the_same_bytes": len(seen.hashes),
+        "failed_after_two_kills": len(seen.failed),
     }
     return {"steady": steady, "chaos": chaos}
 
@@ -326,8 +339,9 @@ def lines_of(results: dict[str, Any], arguments: argparse.Namespace) -> list[str
         *(f"| {name} | {value} |" for name, value in rows),
         "",
         f"With kill -9 of {chaos['killed']['worker']} workers and {chaos['killed']['server']} servers: of "
-        f"{chaos['jobs']} accepted jobs of {arguments.chaos_steps} steps, {chaos['ended_once_with_the_same_bytes']} "
-        "ended once and with the bytes that the Python API writes; nothing else was left.",
+        f"{chaos['jobs']} accepted jobs of {arguments.chaos_steps} steps every one ended once, "
+        f"{chaos['completed_with_the_same_bytes']} with the bytes that the Python API writes and "
+        f"{chaos['failed_after_two_kills']} as failed, hit twice at the same place; nothing else was left.",
     ]
 
 

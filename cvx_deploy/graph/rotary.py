@@ -55,8 +55,22 @@ def rotate_at_once(model: "ModelProto", compute: Compute) -> int:
             "RotaryEmbedding", inputs, rotation.node.output, rotation.node.name, domain=DOMAIN, interleaved=1
         )
         rotation.node.CopyFrom(node)
+    _drop_unused(model)
     allow_contrib(model)
     return len(found)
+
+
+def _drop_unused(model: "ModelProto") -> None:
+    """Take out the nodes that nothing reads any more: ONNX Runtime would go on running them."""
+    needed = {output.name for output in model.graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    nodes = kept[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class JobFiles:
 
     def finished(self) -> int:
         """Remove what only a running job needs, and return the bytes of what is left."""
+        if not self.folder.is_dir():
+            return 0
         for leftover in self.folder.glob("point-*.npz"):
             leftover.unlink(missing_ok=True)
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())

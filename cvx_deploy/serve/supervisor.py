@@ -16,8 +16,9 @@ import msgspec
 
 from cvx_deploy.errors import CvxError
 from cvx_deploy.progress import Progress
+from cvx_deploy.serve.files import JobFiles
 from cvx_deploy.serve.hub import Hub
-from cvx_deploy.serve.jobs import Job, JobStore
+from cvx_deploy.serve.jobs import ENDED, Job, JobStore
 from cvx_deploy.serve.settings import ServeSettings
 from cvx_deploy.terminal import safe
 
@@ -150,13 +151,13 @@ class Slot:
                     store.cancelled(job.id)
                 case "stopped":
                     store.give_back(job.id, crashed=False)
-            self._crew.ended(job.id)
+            self._crew.ended(job)
             return
 
     def _gone(self, job: Job, why: str) -> None:
         after = self._crew.store.give_back(job.id, crashed=not self._crew.stopping)
         self._crew.progress.note(f"note: {job.id}: its worker {safe(why)}; it is {after.status.replace('_', ' ')} now")
-        self._crew.ended(job.id)
+        self._crew.ended(job)
 
     def _give_back(self, job: Job) -> None:
         """Let a job wait again, as soon as that can be noted."""
@@ -312,9 +313,12 @@ class Supervisor:
         for slot in self.slots:
             slot.cancel(job)
 
-    def ended(self, job: str) -> None:
-        """Tell that a job has ended, or waits again."""
-        self.hub.ended(job)
+    def ended(self, job: Job) -> None:
+        """Tell that a job has ended, or waits again; what only a running job needs goes with its end."""
+        found = self.store.find(job.id, job.owner)
+        if found is not None and found.status in ENDED:
+            JobFiles(self.folder(job.id)).finished()
+        self.hub.ended(job.id)
 
     @property
     def is_ready(self) -> bool:

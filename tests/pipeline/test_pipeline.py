@@ -201,7 +201,7 @@ def test_a_clip_is_the_same_as_a_folder_and_an_array(pipe: Pipeline, tmp_path: P
         ({"generator": [1, 2]}, CvxError, "2 seeds for 1 videos"),
         ({"latents": np.zeros((2, 3, 16, 6, 6), np.float32)}, CvxError, "latents of 2 videos"),
         ({"latents": np.zeros((1, 4, 16, 6, 6), np.float32)}, ShapeError, "noise for a video has the shape"),
-        ({"prompt_embeds": np.zeros((1, 2, 2), np.float32)}, PromptError, "beside --prompt-embeds"),
+        ({"prompt_embeds": np.zeros((1, 2, 2), np.float32)}, PromptError, "beside prompt_embeds"),
         ({"num_inference_steps": 0}, CvxError, "steps"),
     ],
 )
