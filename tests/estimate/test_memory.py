@@ -160,7 +160,7 @@ def test_a_prediction_for_twice_the_pixels_would_fail() -> None:
             assert wrong != pytest.approx(row["peak"], rel=PLANNED_MEMORY)
 
 
-ALLOCATORS = 2 << 20
+ALLOCATORS = 4 << 20
 """Bytes that allocators may keep free for each other: much, beside the few MB of a tiny network."""
 
 
