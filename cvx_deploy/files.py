@@ -247,7 +247,7 @@ def _busy(target: Path) -> OutputError:
     )
 
 
-def _open_lock(path: Path) -> int:
+def open_lock(path: Path) -> int:
     """Open a lock file, made when it is not there; a link or another thing in its place is nobody's lock, and goes."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
@@ -259,7 +259,7 @@ def _open_lock(path: Path) -> int:
 def _locked(target: Path) -> Iterator[None]:
     """Hold the target's lock file; the kernel lets go of it however the process ends."""
     path = _beside(target, "lock")
-    descriptor = _open_lock(path)
+    descriptor = open_lock(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -234,7 +234,7 @@ def _first_export(path: Path) -> str:
     """Return how to come by a bundle that is not there: a published model's checkpoint is found by its name."""
     if path.name in MODELS:
         return f"run: cvx-deploy export --model {path.name} --output {shlex.quote(str(path))}"
-    return "run: cvx-deploy export --model NAME --checkpoint DIR, or name a bundle that is there with --bundle DIR"
+    return "run: cvx-deploy export --model NAME --checkpoint DIR, or name a bundle that is there"
 
 
 def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -> Path:

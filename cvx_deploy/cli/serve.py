@@ -78,17 +78,7 @@ def _plain_names(context: click.Context, parameter: click.Parameter, names: tupl
     help="Seconds without a sign of life after which a worker is taken to hang.",
 )
 @reporting
-def serve(
-    models: tuple[str, ...],
-    engines_dir: Path,
-    engine: EngineName,
-    devices: tuple[int, ...] | None,
-    workers: int | None,
-    api_keys: Path | None,
-    new_key: str | None,
-    progress: Progress,
-    **options: Any,
-) -> Result:
+def serve(new_key: str | None, api_keys: Path | None, progress: Progress, **options: Any) -> Result:
     """Serve videos over HTTP: OpenAI's video API, with a queue that loses nothing.
 
     docs/serving.md describes the API and its limits. Needs the extra serve.
@@ -110,19 +100,17 @@ def serve(
         return {"name": new_key, "key": key, "file": str(api_keys)}, key
     from cvx_deploy.serve.server import serve as serve_until_ended
 
-    settings = _settings(models, engines_dir, engine, devices, workers, api_keys, **options)
-    counts = serve_until_ended(settings, progress)
+    counts = serve_until_ended(_settings(api_keys=api_keys, **options), progress)
     return {"jobs": counts}, ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 def _settings(
+    *,
     models: tuple[str, ...],
     engines_dir: Path,
     engine: EngineName,
     devices: tuple[int, ...] | None,
     workers: int | None,
-    api_keys: Path | None,
-    *,
     threads: int | None,
     vram: int | None,
     queue: int,
@@ -146,7 +134,6 @@ def _settings(
         engine=engine,
         options=EngineOptions(threads=threads, vram=vram),
         devices=devices or tuple(range(workers or 1)),
-        api_keys=api_keys,
         open_to_all=no_auth,
         retention=retention * 3600,
         limits=Limits(queue=queue, jobs_per_key=jobs_per_key),

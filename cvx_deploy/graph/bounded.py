@@ -16,7 +16,7 @@ from cvx_deploy.reading import reading
 from cvx_deploy.shape import Shape
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 _REFUSED = frozenset(
     {"Loop", "If", "Scan", "SequenceMap"}
@@ -42,16 +42,21 @@ def most_values(shape: Shape) -> int:
     return max(_SMALL, _VALUES_A_PIXEL * shape.frames * shape.height * shape.width)
 
 
-def bounded_graph(bundle: Bundle, role: str) -> bytes:
-    """Return the ONNX file of a role's network, and raise BundleError for one that would take any amount of memory."""
+def bounded_graph(bundle: Bundle, role: str) -> tuple[bytes, "ModelProto"]:
+    """Return the ONNX file of a role's network, and what it says.
+
+    Raises:
+        BundleError: It would take any amount of memory, or of time.
+    """
     content = bundle.onnx_bytes(role)
     with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy):
-        check_bounded(content, max(map(most_values, bundle.shapes)))
-    return content
+        return content, check_bounded(content, max(map(most_values, bundle.shapes)))
 
 
-def check_bounded(graph: bytes, most: int) -> None:
-    """Raise ValueError for an ONNX file with a loop, or whose constants ask for a tensor of more than `most` values.
+def check_bounded(graph: bytes, most: int) -> "ModelProto":
+    """Return what an ONNX file says.
+
+    Raises ValueError for one with a loop, or whose constants ask for a tensor of more than `most` values.
 
     Sizes are followed through the operators that exported graphs compute them by; what depends on an input counts as 1.
     """
@@ -59,12 +64,13 @@ def check_bounded(graph: bytes, most: int) -> None:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        model = onnx.ModelProto.FromString(graph)
+        model: ModelProto = onnx.ModelProto.FromString(graph)
     except DecodeError as error:
         raise ValueError("it is cut, or no ONNX") from error
     if model.functions:
         raise ValueError("it has functions of its own, which no graph of this program has")
     _Products(most).check(model.graph)
+    return model
 
 
 class _Products:

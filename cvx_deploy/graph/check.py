@@ -80,8 +80,7 @@ def check_graph(path: Path, network: Network, files: Mapping[str, WeightPlaces],
     try:
         with reading(path.name, BundleError, fix=""), no_foreign_lines():
             content = read_whole(path, BundleError, fix="", limit=_LARGEST)
-            check_bounded(content, most)
-            return _checked(onnx.ModelProto.FromString(content), network, files)
+            return _checked(check_bounded(content, most), network, files)
     except BundleError as error:
         return GraphCheck(0, 0, 0, (error.what,))
 

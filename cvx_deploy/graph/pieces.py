@@ -13,7 +13,6 @@ from onnx.reference import ReferenceEvaluator
 
 from cvx_deploy.bundle.schema import Network, StoredFile, TensorSpec, dimension
 from cvx_deploy.files import sha256_of
-from cvx_deploy.graph.widened import widen
 
 _TYPES: dict[int, Any] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -26,7 +25,7 @@ _SYMBOL = re.compile(r"(?:\d+\*)?(?:batch|latent_height|latent_width)")
 
 
 def standalone(
-    model: onnx.ModelProto, weights: Mapping[str, NDArray[np.uint8]], sizes: Mapping[str, int], *, wide: bool
+    model: onnx.ModelProto, weights: Mapping[str, NDArray[np.uint8]], sizes: Mapping[str, int]
 ) -> onnx.ModelProto:
     """Return a network at fixed sizes, with its weights inside and every shape that can be inferred.
 
@@ -34,15 +33,12 @@ def standalone(
         model: Its graph; it is changed.
         weights: The bytes of every initializer that lies outside.
         sizes: Of its symbols.
-        wide: Whether it is to compute in float32 what it computes in bfloat16.
     """
     for tensor in model.graph.initializer:
         if tensor.name in weights:
             del tensor.external_data[:]
             tensor.data_location = onnx.TensorProto.DEFAULT
             tensor.raw_data = weights[tensor.name].tobytes()
-    if wide:
-        widen(model)
     _lower_constants(model.graph)
     del model.graph.value_info[:]
     for value in (*model.graph.input, *model.graph.output):

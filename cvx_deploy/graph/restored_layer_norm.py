@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy.graph.needed import keep_needed
+
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
@@ -46,9 +48,7 @@ def restore_layer_norms(model: "ModelProto") -> int:
                     "LayerNormalization", norm.inputs, node.output, node.name, axis=-1, epsilon=norm.epsilon
                 )
             )
-    needed = _needed(nodes, {output.name for output in model.graph.output})
-    del model.graph.node[:]
-    model.graph.node.extend(needed)
+    keep_needed(model, nodes)
     return len(norms)
 
 
@@ -137,14 +137,3 @@ def _cast_to(node: "NodeProto") -> int | None:
     if node.op_type != "Cast":
         return None
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == "to"), None)
-
-
-def _needed(nodes: "list[NodeProto]", wanted: set[str]) -> "list[NodeProto]":
-    """Return the nodes, in their order, that the wanted values need."""
-    kept = []
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.output):
-            kept.append(node)
-            wanted.update(node.input)
-            wanted.update(name for attribute in node.attribute for each in attribute.g.node for name in each.input)
-    return kept[::-1]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.graph.contrib import DOMAIN, allow_contrib
+from cvx_deploy.graph.needed import keep_needed
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -55,22 +56,9 @@ def rotate_at_once(model: "ModelProto", compute: Compute) -> int:
             "RotaryEmbedding", inputs, rotation.node.output, rotation.node.name, domain=DOMAIN, interleaved=1
         )
         rotation.node.CopyFrom(node)
-    _drop_unused(model)
+    keep_needed(model, list(model.graph.node))
     allow_contrib(model)
     return len(found)
-
-
-def _drop_unused(model: "ModelProto") -> None:
-    """Take out the nodes that nothing reads any more: ONNX Runtime would go on running them."""
-    needed = {output.name for output in model.graph.output}
-    kept: list[NodeProto] = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    nodes = kept[::-1]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _prepare(bundle: Bundle, role: str, case: Case, fault: Fault, work: Path) ->
             f"the weights of {role} are more than one ONNX file holds, 2 GB, and Polygraphy's reduction reads one",
             fix="reduce a model of the same width and few blocks: cvx-deploy synth --scale wide, and export that",
         )
-    whole = standalone(model, weights, case.sizes, wide=False)
+    whole = standalone(model, weights, case.sizes)
     for file in (_WHOLE, _PIECE):
         (work / file).write_bytes(whole.SerializeToString())
     types = {spec.name: spec.dtype for spec in network.inputs}

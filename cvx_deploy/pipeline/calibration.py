@@ -65,7 +65,7 @@ class CacheCalibration:
             )
         for speedup in self.speedups:
             check_speedup(speedup, "--speedup")
-            calls = round(self.steps / speedup)
+            calls = calls_for(self.steps, speedup)
             if not self.first < calls < self.steps:
                 raise CalibrationError(
                     f"a speedup of {speedup:g} leaves {calls} of {self.steps} steps to run; "

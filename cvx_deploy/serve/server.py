@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from cvx_deploy.errors import CvxError, OutputError
+from cvx_deploy.files import open_lock
 from cvx_deploy.progress import Progress
 from cvx_deploy.serve.api import application
 from cvx_deploy.serve.hub import Hub
@@ -109,7 +110,7 @@ def _alone(data: Path) -> Iterator[None]:
     """Hold a data folder, which one server at a time may have."""
     try:
         (data / "videos").mkdir(parents=True, exist_ok=True)
-        lock = os.open(data / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        lock = open_lock(data / "server.lock")
     except OSError as error:
         raise OutputError(f"{data} cannot be written: {error.strerror}", fix="choose another --data folder") from error
     try:

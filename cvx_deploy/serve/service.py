@@ -29,7 +29,6 @@ from cvx_deploy.serve.supervisor import Supervisor
 _ROOM = 1 << 28  # bytes that have to be free where videos are written
 _LONGEST_KEY = 255
 _LONGEST_WAIT = 3600
-_NEAR = 0.5  # seconds by which what is asked for may miss a video's length: 6 is the 49 frames at 8 a second
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from cvx_deploy.errors import CvxError, OutOfMemoryError
+from cvx_deploy.files import open_lock
 from cvx_deploy.pipeline.events import Denoised, Frames, Step
 from cvx_deploy.pipeline.pipeline import Pipeline
 from cvx_deploy.serve.faults import code_of
@@ -66,7 +67,7 @@ class Worker:
         """Load and try every model, then do what comes until stdin ends."""
         signal.signal(signal.SIGUSR1, self._raise)
         threading.Thread(target=self._listen, args=(commands,), daemon=True).start()
-        with open(self._settings["lock"], "w") as lock:  # noqa: PTH123 - kept open: its predecessor has to be gone
+        with os.fdopen(open_lock(Path(self._settings["lock"])), "w") as lock:  # kept: its predecessor has to be gone
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 for name in self._settings["models"]:

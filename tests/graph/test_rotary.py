@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cvx_deploy.bundle.opened import Bundle
-from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu
+from cvx_deploy.engines.onnxruntime.graphs import computed, graph_for_cpu
 from cvx_deploy.graph.rotary import rotate_at_once
 from cvx_deploy.miniatures import miniature
 from tests.tolerances import REWRITE_RELATIVE
@@ -49,11 +49,6 @@ def run(model: onnx.ModelProto) -> NDArray[Any]:
     x = np.random.default_rng(0).standard_normal((BATCH, HEADS, TOKENS, SIZE), np.float32)
     (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     return found
-
-
-def computed(model: onnx.ModelProto) -> list[NDArray[Any]]:
-    outputs: list[NDArray[Any]] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})
-    return outputs
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -137,7 +137,7 @@ class OrtBackend(LoadedNetworks[OrtSession]):
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
         described = bundle.network(role)
-        stored = bounded_graph(bundle, role)
+        stored, _ = bounded_graph(bundle, role)
         with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
             if self._memory.on_gpu:
                 graph = graph_for_cuda(stored, described)

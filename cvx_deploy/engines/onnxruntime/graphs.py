@@ -23,13 +23,13 @@ def graph_for_cpu(graph: bytes, network: Network, sizes: Mapping[str, int]) -> b
     import onnx
 
     model = onnx.ModelProto.FromString(graph)
-    changed = rotate_at_once(model, _computed)
+    changed = rotate_at_once(model, computed)
     if holds_large_scores(network, dict(sizes)):
         changed += attend_in_tiles(model)
     return bytes(model.SerializeToString()) if changed else graph
 
 
-def _computed(model: "ModelProto") -> list[NDArray[Any]]:
+def computed(model: "ModelProto") -> list[NDArray[Any]]:
     """Return what a graph without inputs puts out."""
     options = SessionOptions()
     options.intra_op_num_threads, options.enable_cpu_mem_arena = 1, False  # it is small, and soon gone

@@ -13,13 +13,12 @@ from cvx_deploy.bundle.schema import Network, numpy_dtype
 from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_weights
-from cvx_deploy.errors import BundleError, EngineError
+from cvx_deploy.errors import EngineError
 from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
-from cvx_deploy.reading import reading
-from cvx_deploy.terminal import no_foreign_lines, safe
+from cvx_deploy.terminal import safe
 
 _CPU = "CPU"
 _HINTS: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -159,8 +158,7 @@ class OpenVinoBackend(LoadedNetworks[OpenVinoSession]):
         """
         import onnx
 
-        with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
-            proto = onnx.ModelProto.FromString(bounded_graph(bundle, role))
+        _, proto = bounded_graph(bundle, role)
         weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))

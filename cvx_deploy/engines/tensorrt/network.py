@@ -50,10 +50,7 @@ def onnx_model(bundle: Bundle, name: str) -> onnx.ModelProto:
     """Read one of the bundle's networks; weights outside of its file stay there."""
     stored = bundle.manifest.networks[name].file
     with reading(bundle.path / stored.path, BundleError, fix=bundle.remedy), no_foreign_lines():
-        content = bundle.content(stored)
-        check_bounded(content, max(map(most_values, bundle.shapes)))
-        model: onnx.ModelProto = onnx.ModelProto.FromString(content)
-    return model
+        return check_bounded(bundle.content(stored), max(map(most_values, bundle.shapes)))
 
 
 @contextlib.contextmanager
