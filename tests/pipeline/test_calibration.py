@@ -209,7 +209,7 @@ def test_a_calibration_that_makes_no_sense_is_refused(wanted: dict[str, Any], wh
 def test_the_command_refuses_before_any_work(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
-    args = ("calibrate-cache", "--model", "mini", "--prompts")
+    args = ("calibrate-cache", "--model", "mini", "--engines-dir", tmp_path / "none", "--prompts")  # the package's own
     assert "mini comes with the package, and nothing is written there" in cvx(*args, prompts).failure()
     assert cvx(*args, tmp_path / "none.txt").failure().startswith("error: ")
     bundle = shutil.copytree(miniature("mini"), tmp_path / "mini")
