@@ -23,7 +23,7 @@ ROOMS = (
         "diffusers",
         "parity",
     ),
-    *("bench", "estimate", "doctor", "testing", "pytest_plugin", "serve", "cli", "__main__"),
+    *("bench", "estimate", "doctor", "testing", "pytest_plugin", "cluster", "batch", "serve", "cli", "__main__"),
 )
 """From the ground up: a room imports from those before it only. Folders of the package, and its single files."""
 
