@@ -31,6 +31,7 @@ SEED = click.IntRange(LOWEST_SEED, HIGHEST_SEED)
 _SIDE = click.IntRange(max=LONGEST_SIDE)
 
 _MAKING = {
+    "batch",
     "run",
     "export",
     "convert",

@@ -5,8 +5,9 @@ import secrets
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 
 from cvx_deploy.errors import CvxError
 from cvx_deploy.terminal import reason
@@ -57,7 +58,7 @@ class Cluster:
 
 @contextmanager
 def joined(address: str) -> Iterator[Cluster]:
-    """Be part of a cluster for the block.
+    """Be part of a cluster for the block, in which nothing can be printed on stdout: Ray tells of its nodes there.
 
     Args:
         address: HOST:PORT of its head, of which this machine has to be a node; or `HERE`.
@@ -70,14 +71,23 @@ def joined(address: str) -> Iterator[Cluster]:
     _settle(address)
     import ray  # after its settings, which it reads as it is imported
 
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        _join(address)
+        try:
+            have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            cpus = tuple(int(node["CPU"]) for node in have if node.get("CPU", 0) >= 1)
+            yield Cluster(address, cpus, sum(int(node.get("GPU", 0)) for node in have))
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
     handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own there
+    own = {"address": "local", "include_dashboard": False}
     try:
-        ray.init(
-            address="local" if address == HERE else address,
-            log_to_driver=False,
-            configure_logging=False,
-            **({"include_dashboard": False} if address == HERE else {}),
-        )
+        ray.init(**(own if address == HERE else {"address": address}), log_to_driver=False, configure_logging=False)
     except Exception as error:
         raise CvxError(
             f"the Ray cluster {address} cannot be joined: {reason(error)}",
@@ -85,12 +95,6 @@ def joined(address: str) -> Iterator[Cluster]:
         ) from error
     finally:
         signal.signal(signal.SIGTERM, handler)
-    try:
-        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = tuple(int(node["CPU"]) for node in have if node.get("CPU", 0) >= 1)
-        yield Cluster(address, cpus, sum(int(node.get("GPU", 0)) for node in have))
-    finally:
-        ray.shutdown()
 
 
 def _settle(address: str) -> None:
@@ -98,6 +102,8 @@ def _settle(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _TRIES)
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    if os.environ.get("CVX_DEBUG", "0") in ("", "0"):
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address == HERE and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
