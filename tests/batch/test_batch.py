@@ -168,3 +168,11 @@ def test_workers_without_ray_mean_nothing(tmp_path: Path) -> None:
     outcome = batch(written(tmp_path, line()), "--workers", 2)
     assert outcome.code == 2
     assert "--workers means nothing without --ray" in outcome.err
+
+
+def test_without_ray_the_command_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    failure = batch(written(tmp_path, line()), "--ray").failure()
+    assert "needs ray" in failure
+    assert "[ray]" in failure
+    assert not (tmp_path / "videos").exists()

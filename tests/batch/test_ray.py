@@ -33,12 +33,12 @@ def test_a_batch_through_ray_is_that_of_one_process_though_a_node_dies(tmp_path:
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         nodes.kill()
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
         assert "Traceback" not in err
         told = json.loads(out)
         assert (told["made"], told["failed"]) == (16, {})
-        again, _ = through(nodes, file, spread).communicate(timeout=120)
+        again, _ = through(nodes, file, spread).communicate(timeout=400)
         assert json.loads(again)["there_before"] == 16
     ids = [json.loads(one)["id"] for one in noted.read_text().splitlines()]
     assert sorted(ids) == sorted(one["id"] for one in lines), "each is noted once"

@@ -11,13 +11,14 @@ import sys
 from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+nodes = [cluster.add_node(wait=False, num_cpus=1) for _ in range(2)]
+cluster.wait_for_nodes(timeout=120)
 print(cluster.address, flush=True)
 for line in sys.stdin:
     if line == "kill\\n":
         cluster.remove_node(nodes.pop(0), allow_graceful=False)
     elif line == "add\\n":
-        nodes.append(cluster.add_node(num_cpus=1))
+        nodes.append(cluster.add_node(wait=False, num_cpus=1))
     print("done", flush=True)
 cluster.shutdown()
 """
