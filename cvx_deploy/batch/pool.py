@@ -1,6 +1,7 @@
 """A batch on the nodes of a Ray cluster: an actor pool of Ray Data, whose files come back to this machine."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Pool:
 
     Attributes:
         bundle: What they run, and `source` the actor that gives it to them.
+        attempts: The actor that counts for them; see `Attempts`.
         engine: What runs it, with `threads` and `vram`.
         count: How many there are to be.
         cpus: That each takes; 0 where it takes a GPU.
@@ -40,6 +42,7 @@ class Pool:
 
     bundle: Known
     source: Any
+    attempts: Any
     engine: EngineName
     threads: int | None
     vram: int | None
@@ -47,11 +50,24 @@ class Pool:
     cpus: int
 
 
+class Attempts:
+    """How often each video was begun, which no worker that dies of it can tell."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, task: str) -> int:
+        """Count one more, and return how many there are."""
+        self._begun[task] += 1
+        return self._begun[task]
+
+
 class Maker:
     """One worker of a pool, on some node, whose networks stay loaded."""
 
     def __init__(self, pool: Pool) -> None:
         self._pipeline: Pipeline | None = None
+        self._attempts = pool.attempts
         self._stop: Row = {}
         try:
             compiled = engine_spec(pool.engine).compiled
@@ -70,6 +86,8 @@ class Maker:
         if self._pipeline is None:
             return self._stop
         task = msgspec.json.decode(row["task"], type=Task)
+        if ray.get(self._attempts.begin.remote(task.id)) > _TRIES:
+            return _row(msgspec.json.encode(failed(task, f"its worker died {_TRIES} times", 0.0)))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             try:
@@ -84,13 +102,8 @@ def spread(pool: Pool) -> Makes:
     """Return what makes videos with a pool; one whose worker dies is made by another, three times at the most."""
 
     def makes(tasks: list[Task], folder: Path) -> Iterator[Record]:
-        open_ones = {task.id: task for task in tasks}
         for row in _rows(pool, tasks):
-            record = _kept(row, folder)
-            if open_ones.pop(record.id, None) is not None:
-                yield record
-        for task in open_ones.values():
-            yield failed(task, f"its worker died {_TRIES} times", 0.0)
+            yield _kept(row, folder)
 
     return makes
 
@@ -100,14 +113,12 @@ def _rows(pool: Pool, tasks: list[Task]) -> Iterator[Row]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a video takes as long as it takes
-    context.max_errored_blocks = len(tasks)  # a video that kills every worker ends itself, and not the batch
     takes = {"num_cpus": pool.cpus} if pool.cpus else {"num_gpus": 1}
     rows = [{"task": msgspec.json.encode(task), "source": _source_of(task)} for task in tasks]
     videos = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         Maker,
         fn_constructor_args=(pool,),
         compute=ray.data.ActorPoolStrategy(size=pool.count, max_tasks_in_flight_per_actor=1),
-        ray_remote_args_fn=lambda: {"max_task_retries": _TRIES - 1},
         **takes,
     )
     try:

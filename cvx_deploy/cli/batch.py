@@ -98,13 +98,15 @@ def _through_ray(
     tasks, output, progress = work
     on_gpu = engine_spec(engine).on_gpu
     with joined(address) as cluster:
-        from cvx_deploy.batch.pool import Pool, spread
-        from cvx_deploy.cluster.source import source_of
+        from cvx_deploy.batch.pool import Attempts, Pool, spread
+        from cvx_deploy.cluster.source import actor_here, source_of
 
         count, cpus = cluster.workers(on_gpu=on_gpu, workers=workers, threads=options.threads)
         known = Known.of(bundle)
         with source_of([known]) as source:
-            pool = Pool(known, source, engine, None if on_gpu else cpus, options.vram, count, cpus)
+            pool = Pool(
+                known, source, actor_here(Attempts), engine, None if on_gpu else cpus, options.vram, count, cpus
+            )
             return batch_of(tasks, output, spread(pool), progress)
 
 

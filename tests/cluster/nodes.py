@@ -44,6 +44,7 @@ class Nodes:
             command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True, env=self.environment
         )
         assert self._process.stdout is not None
+        self.pid = self._process.pid
         self.address = self._process.stdout.readline().strip()
         assert self.address, "the cluster did not come up"
         return self
