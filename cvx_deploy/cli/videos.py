@@ -11,7 +11,8 @@ from click.core import ParameterSource
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.precision import Precision
@@ -101,10 +102,11 @@ def devices_of(text: str) -> tuple[int, ...]:
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
-    default="onnxruntime",
+    type=click.Choice(CHOICES),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks. The tensorrt engines need cvx-deploy build first.",
+    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
+    "cvx-deploy build first.",
 )
 @click.option(
     "--threads",
@@ -189,7 +191,7 @@ def run(
         progress=progress,
     )
     with opened as pipeline:
-        report = pipeline.run(request)
+        engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
     if report.branches_apart:
@@ -219,6 +221,8 @@ def _given() -> set[str]:
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
     """Refuse options that mean nothing to an engine."""
+    if engine == AUTO:
+        return
     given = options.given() | ({"device"} if devices is not None else set())
     for name in sorted(given & set(_FLAGS) - engine_spec(engine).takes):
         raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.engines.auto import AUTO, chosen
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
 from cvx_deploy.engines.residency import Policy
@@ -63,7 +64,7 @@ class Pipeline:
 
     Args:
         bundle: What to run, seen at one of its shapes.
-        engine: What runs it.
+        engine: What runs it; ``auto`` finds the fastest, see `cvx_deploy.engines.auto`.
         options: How.
         devices: Which GPUs; several share out the videos of a call, and two the branches of guidance where there is one
             video. An engine for CPUs has one.
@@ -78,7 +79,7 @@ class Pipeline:
     def __init__(
         self,
         bundle: Bundle,
-        engine: EngineName = "onnxruntime",
+        engine: EngineName = AUTO,
         options: EngineOptions = DEFAULT_OPTIONS,
         *,
         devices: Sequence[int] = (),
@@ -86,13 +87,15 @@ class Pipeline:
         prompt_cache: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
+        progress = progress or SilentProgress()
+        engine = chosen(engine, bundle, options, _usual(bundle), devices=devices, progress=progress)
         spec = engine_spec(engine)
         if devices and "device" not in spec.takes:
             raise EngineError(f"devices means nothing to the engine {engine}", fix="leave devices out")
         spec.check(options)
         self.bundle, self.engine = bundle, engine
         self._options, self._devices, self._check_finite = options, tuple(devices), check_finite
-        self._progress = progress or SilentProgress()
+        self._progress = progress
         self._cache: PromptCache | None = None
         if prompt_cache is not None:
             self._cache = PromptCache(prompt_cache, bundle, engine, spec.version(), self._progress)
@@ -107,7 +110,7 @@ class Pipeline:
         cls,
         path: Path | str,
         *,
-        engine: EngineName = "onnxruntime",
+        engine: EngineName = AUTO,
         shape: Shape | str | None = None,
         checkpoint: Path | str | None = None,
         devices: Sequence[int] = (),
@@ -123,7 +126,7 @@ class Pipeline:
 
         Args:
             path: Its folder.
-            engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt or tensorrt-rtx.
+            engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt, tensorrt-rtx, or auto: the fastest there is.
             shape: Which of the bundle's video sizes, such as ``"49x480x720"``; None for its first.
             checkpoint: Where the bundle's weights have moved to.
             devices: Which GPUs; several share out the videos of a call, or the branches of guidance of a single one.
@@ -349,6 +352,12 @@ class Pipeline:
             check_finite=self._check_finite,
             progress=self._progress,
         )
+
+
+def _usual(bundle: Bundle) -> Needed:
+    """Return what the bundle's usual run loads."""
+    usual = RunRequest(prompts=("",), guidance_scale=bundle.manifest.defaults.guidance_scale)
+    return networks_needed(bundle, usual)
 
 
 def _seeds(generator: Seed | Sequence[Seed]) -> tuple[int, ...]:
