@@ -116,6 +116,12 @@ def devices_of(text: str) -> tuple[int, ...]:
 @click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
 @click.option(
+    "--ram",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory that an engine on a CPU may use, mapped weights left out. Default: all that this process may have.",
+)
+@click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
 )
 @click.option(
@@ -139,6 +145,7 @@ def run(
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
+    ram: int | None,
     no_cuda_graphs: bool,
     prompt_cache: Path | None,
     check_finite: bool,
@@ -170,7 +177,7 @@ def run(
 
     # One prompt needs each network once: then those of one phase alone are held.
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
-    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency, ram)
     _check_engine(engine, how, devices)
     check_combination(_given())
     bundle = open_bundle(path, checkpoint)
@@ -228,7 +235,13 @@ def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int
         raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")
 
 
-_FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
+_FLAGS = {
+    "threads": "--threads",
+    "device": "--devices",
+    "vram": "--vram",
+    "ram": "--ram",
+    "cuda_graphs": "--no-cuda-graphs",
+}
 
 
 def _time_table(stages: dict[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +59,7 @@ def chosen(
     needed: Needed = (),
     *,
     devices: Sequence[int] = (),
+    fits: Callable[[EngineName], str] = lambda _: "",
     progress: Progress | None = None,
 ) -> EngineName:
     """Return the engine that a name means for a bundle: itself, unless it is ``auto``; a note says which, and why.
@@ -69,6 +70,7 @@ def chosen(
         options: How; only engines that take what is given are chosen from.
         needed: Role and sizes of every network that will be loaded.
         devices: The GPUs that were named.
+        fits: Says why an engine would take too much memory; nothing where it would not.
         progress: Told of the choice.
 
     Raises:
@@ -79,7 +81,7 @@ def chosen(
     progress = progress or SilentProgress()
     if named := os.environ.get(VARIABLE, "").strip():
         return engine_spec(named).name
-    found = choose(bundle, options, needed, devices=devices, progress=progress)
+    found = choose(bundle, options, needed, devices=devices, fits=fits, progress=progress)
     progress.note(f"engine {found}")
     return found.engine
 
@@ -90,6 +92,7 @@ def choose(
     needed: Needed = (),
     *,
     devices: Sequence[int] = (),
+    fits: Callable[[EngineName], str] = lambda _: "",
     progress: Progress | None = None,
 ) -> Choice:
     """Find the fastest engine for a bundle; see `chosen`."""
@@ -97,6 +100,8 @@ def choose(
     wanted = (options.given() | ({"device"} if devices else set())) - {"residency"}
     obstacles = {name: _obstacle(spec, bundle, options, needed, wanted) for name, spec in SPECS.items()}
     able = [SPECS[name] for name, obstacle in obstacles.items() if not obstacle]
+    obstacles |= {spec.name: fits(spec.name) for spec in able}
+    able = [spec for spec in able if not obstacles[spec.name]] or able  # the run says what would fit, where none does
     if not able:
         told = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
         raise EngineError(

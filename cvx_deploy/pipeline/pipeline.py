@@ -31,6 +31,7 @@ from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixel
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
 from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
+from cvx_deploy.pipeline.host_memory import obstacle, policy_within
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
@@ -88,7 +89,16 @@ class Pipeline:
         progress: Progress | None = None,
     ) -> None:
         progress = progress or SilentProgress()
-        engine = chosen(engine, bundle, options, _usual(bundle), devices=devices, progress=progress)
+        usual = _usual(bundle)
+        engine = chosen(
+            engine,
+            bundle,
+            options,
+            usual,
+            devices=devices,
+            fits=lambda name: obstacle(bundle, name, options, usual),
+            progress=progress,
+        )
         spec = engine_spec(engine)
         if devices and "device" not in spec.takes:
             raise EngineError(f"devices means nothing to the engine {engine}", fix="leave devices out")
@@ -118,6 +128,7 @@ class Pipeline:
         vram: int | None = None,
         cuda_graphs: bool = True,
         residency: Policy = "resident",
+        ram: int | None = None,
         check_finite: bool = False,
         prompt_cache: Path | str | None = None,
         progress: Progress | None = None,
@@ -134,6 +145,8 @@ class Pipeline:
             vram: Bytes of device memory that compiled engines may use.
             cuda_graphs: Whether compiled engines are launched as CUDA graphs.
             residency: ``resident`` keeps all networks loaded, ``phase`` those of one phase of a call.
+            ram: Bytes of this machine's memory that an engine on a CPU may use, mapped weights left out; None for all
+                that this process may have. Where not all networks fit at once, those of one phase are held.
             check_finite: Whether every output is searched for NaN and infinity, which is slow.
             prompt_cache: A folder in which prompts' embeddings are kept.
             progress: Told what goes on; `cvx_deploy.progress.RichProgress` shows bars.
@@ -151,7 +164,7 @@ class Pipeline:
         return cls(
             bundle,
             engine,
-            EngineOptions(threads=threads, vram=vram, cuda_graphs=cuda_graphs, residency=residency),
+            EngineOptions(threads=threads, vram=vram, cuda_graphs=cuda_graphs, residency=residency, ram=ram),
             devices=devices,
             check_finite=check_finite,
             prompt_cache=None if prompt_cache is None else Path(prompt_cache),
@@ -335,19 +348,22 @@ class Pipeline:
                 self._stack.close()
                 self._opened = None
                 needed = networks_needed(bundle, request, self._cache, len(self._devices))
+                policy = policy_within(bundle, self.engine, self._options, request, needed, self._progress)
+                options = replace(self._options, residency=policy)
                 with ExitStack() as stack:
                     self._backends = tuple(
-                        stack.enter_context(self._open(bundle, device, needed)) for device in self._devices or (0,)
+                        stack.enter_context(self._open(bundle, replace(options, device=device), needed))
+                        for device in self._devices or (0,)
                     )
                     self._stack = stack.pop_all()
                 self._opened = bundle
             yield self._backends
 
-    def _open(self, bundle: Bundle, device: int, needed: Needed) -> AbstractContextManager[Backend]:
+    def _open(self, bundle: Bundle, options: EngineOptions, needed: Needed) -> AbstractContextManager[Backend]:
         return open_backend(
             self.engine,
             bundle,
-            replace(self._options, device=device),
+            options,
             needed=needed,
             check_finite=self._check_finite,
             progress=self._progress,

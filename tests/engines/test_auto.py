@@ -14,6 +14,7 @@ from cvx_deploy.engines.auto import VARIABLE, choose, chosen
 from cvx_deploy.engines.registry import SPECS
 from cvx_deploy.engines.spec import EngineOptions, EngineSpec, Probe
 from cvx_deploy.errors import EngineError
+from cvx_deploy.kept import Kept
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.progress import SilentProgress
 from tests.conftest import in_precision
@@ -48,7 +49,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def with_spec(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
-    monkeypatch.setattr(auto, "SPECS", {**auto.SPECS, name: replace(SPECS[name], **changes)})
+    monkeypatch.setattr(auto, "SPECS", {**vars(auto)["SPECS"], name: replace(SPECS[name], **changes)})
 
 
 def test_the_fastest_is_taken_and_the_machine_is_asked_once(mini: Bundle, probed: list[str]) -> None:
@@ -69,7 +70,7 @@ def test_twin_another_cpu_is_asked_again(mini: Bundle, probed: list[str], monkey
 def test_what_is_kept_and_makes_no_sense_is_not_believed(
     mini: Bundle, probed: list[str], kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto.Kept, "get", lambda *_: kept)
+    monkeypatch.setattr(Kept, "get", lambda *_: kept)
     assert choose(mini).engine == "openvino"
     assert len(probed) == 2
 

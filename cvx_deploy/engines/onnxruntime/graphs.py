@@ -30,13 +30,18 @@ def graph_for_cpu(graph: bytes, network: Network, sizes: Mapping[str, int]) -> b
     return bytes(model.SerializeToString()) if changed else graph
 
 
-def streamed(graph: bytes, network: Network, weight_bytes: int) -> tuple[bytes, list[Streamed]]:
-    """Return an ONNX file as it is to be run with these many bytes of weights, and which of them are its inputs.
+def streams(network: Network, weight_bytes: int) -> bool:
+    """Whether a network's weights stay in their file; see `cvx_deploy.graph.streamed`.
 
     In 8-bit products weights must be constants, and for 4 bits there are kernels that read them as they are.
     """
     scheme = None if network.quantization is None else network.quantization.scheme
-    if weight_bytes < LARGE_NETWORK or scheme not in (None, "int8wo"):
+    return weight_bytes >= LARGE_NETWORK and scheme in (None, "int8wo")
+
+
+def streamed(graph: bytes, network: Network, weight_bytes: int) -> tuple[bytes, list[Streamed]]:
+    """Return an ONNX file as it is to be run with so many bytes of weights, and which of them are its inputs."""
+    if not streams(network, weight_bytes):
         return graph, []
     import onnx
 
