@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, cast, get_args
 
 from cvx_deploy.families.cogvideox.architecture import Architecture
+from cvx_deploy.graph.streamed import LARGE_NETWORK
 from cvx_deploy.graph.tiled_attention import TILED_CELLS
 from cvx_deploy.precision import SchemeName
 from cvx_deploy.shape import Shape
@@ -44,6 +45,8 @@ CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03
 """Bytes held for a byte of weights: converted, and arranged for its kernels."""
 _CPU_LOADING: Final = {"text_encoder": 2.4, "modulation": 1.77, "transformer": 2.55, "vae_decoder": 1.65}
 """Bytes at the peak of loading for a byte of weights: the converted and the arranged ones beside each other."""
+_CPU_STREAMED: Final = {"text_encoder": 2.6, "modulation": 1.6, "transformer": 2.0}
+"""Of a network whose weights stay in their file: how many of its largest matrix lie converted beside each other."""
 _CPU_TEXT_LAYER: Final = 3 << 20  # what the nodes of a layer take, of T5, of the transformer, and of the whole VAE
 _CPU_LAYER: Final = 2 << 20
 _CPU_DECODER_NODES: Final = 14 << 20
@@ -137,7 +140,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
     Attention of few tokens holds the scores of all pairs, that of many goes through them in tiles. A video of several
     chunks has two sessions of the VAE, each with weights and memory of its own.
     """
-    held = {name: int(CPU_HELD[name] * size) for name, size in weight_bytes(architecture, "fp32").items()}
+    held = _cpu_held(architecture)
     text, transformer = architecture.text_encoder, architecture.transformer
     text_scores = 4 * text.heads * transformer.text_length**2
     state = architecture.decoder_state(shape)
@@ -163,7 +166,32 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
 def cpu_peak(architecture: Architecture, shape: Shape, batch: int) -> dict[NetworkName, int]:
     """Return the most memory each network takes in ONNX Runtime, loading it and running it."""
     weights, needs = weight_bytes(architecture, "fp32"), cpu_needs(architecture, shape, batch)
-    return {name: max(int(_CPU_LOADING[name] * weights[name]), needs[name].total) for name in NETWORKS}
+    streamed = _streamed(architecture)
+    loading = {name: 0 if name in streamed else int(_CPU_LOADING[name] * weights[name]) for name in NETWORKS}
+    return {name: max(loading[name], needs[name].total) for name in NETWORKS}
+
+
+def _cpu_held(architecture: Architecture) -> dict[NetworkName, int]:
+    """Return the bytes that each network's weights take, converted to float32."""
+    streamed, weights = _streamed(architecture), weight_bytes(architecture, "fp32")
+    return {
+        name: int(_CPU_STREAMED[name] * streamed[name]) if name in streamed else int(CPU_HELD[name] * weights[name])
+        for name in NETWORKS
+    }
+
+
+def _streamed(architecture: Architecture) -> dict[NetworkName, int]:
+    """Return the networks whose weights stay in their file, published in 16 bits, and the largest matrix of each."""
+    text, transformer = architecture.text_encoder, architecture.transformer
+    matrices: dict[NetworkName, int] = {
+        "text_encoder": 4 * text.width * text.hidden,
+        "modulation": 4 * transformer.time_dim * 6 * transformer.width,
+        "transformer": 4 * transformer.width * 4 * transformer.width,
+    }
+    weights = weight_bytes(architecture, "bf16")
+    files = {name: weights[name] for name in matrices}
+    files["modulation"] = files["transformer"] = weights["modulation"] + weights["transformer"]
+    return {name: matrix for name, matrix in matrices.items() if files[name] >= LARGE_NETWORK}
 
 
 def tiled(shape: Shape) -> Shape:
