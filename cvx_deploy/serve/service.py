@@ -211,6 +211,7 @@ class Service:
                 "created": 0,
                 "owned_by": "cvx-deploy",
                 "task": bundle.manifest.traits.task,
+                "source": source_of(bundle),
                 "sizes": [
                     {
                         "size": size_of(shape),
@@ -278,6 +279,13 @@ class Service:
     def _clip(self, path: Path, spec: Spec) -> NDArray[np.uint8]:
         with self._decoding:
             return _bytes_of(load_video(path, spec.frames, spec.height, spec.width).pixels)
+
+
+def source_of(bundle: Bundle) -> Source | None:
+    """Return what a bundle's videos start from, or can, beside their prompt."""
+    if bundle.manifest.traits.task == "image-to-video":
+        return "image"
+    return "video" if bundle.has("vae_encoder") else None
 
 
 def _check_idempotency(key: str | None) -> None:

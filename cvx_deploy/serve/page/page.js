@@ -11,6 +11,7 @@ const ask = find("ask");
 const cards = new Map(); // of the videos that are shown, by id
 let models = [];
 let wanted = PAGE;
+let taken = null; // the card whose video the next one starts from
 let timer;
 let visit = 0; // goes up when a key is forgotten: what was asked for with it is not shown after
 let last = Promise.resolve(); // looks at the list come one after the other
@@ -87,7 +88,41 @@ function fitModel() {
   options(find("frames"), lengths.map((one) => [one.num_frames, `${one.num_frames} frames, ${Number(one.seconds).toFixed(1)} s`]));
   find("steps").placeholder = model.defaults.steps;
   find("guidance").placeholder = model.defaults.guidance_scale;
-  find("image-field").hidden = find("image").disabled = model.task !== "image-to-video";
+  find("image-field").hidden = find("image").disabled = model.source !== "image";
+  fitSource();
+}
+
+function fitSource() {
+  const takes = models.find((one) => one.id === find("model").value).source === "video";
+  find("clip-field").hidden = !takes;
+  find("clip").hidden = find("clip").disabled = !takes || taken !== null;
+  find("taken").hidden = taken === null;
+  find("strength-field").hidden = find("strength").disabled = !takes || !(taken || find("clip").files.length);
+}
+
+const takers = () => models.filter((model) => model.source === "video").map((model) => model.id);
+
+function edit(card) {
+  const { model, size, num_frames: frames, prompt } = card.video;
+  taken = card;
+  find("taken").querySelector("p").textContent = prompt;
+  find("taken").querySelector("img").src = card.part(".play img").src;
+  if (!takers().includes(find("model").value)) find("model").value = takers().includes(model) ? model : takers()[0];
+  fitModel();
+  for (const [id, value] of [["size", size], ["frames", frames]]) {
+    if ([...find(id).options].some((option) => option.value === String(value))) find(id).value = value;
+    if (id === "size") fitModel();
+  }
+  find("prompt").value = prompt;
+  find("prompt").focus();
+  find("prompt").select();
+  announce("The next video starts from this one. Say what it is to become.");
+}
+
+function untake() {
+  taken = null;
+  find("clip").value = "";
+  fitSource();
 }
 
 function showImage() {
@@ -117,11 +152,13 @@ async function send(event) {
   const wrong = [...ask.elements].find((field) => !field.checkValidity());
   if (wrong) return fail(wrong, `${wrong.labels[0].textContent}: ${sentence(wrong.validationMessage)}`);
   const body = new FormData(ask);
-  for (const [name, value] of [...body]) if (value === "") body.delete(name);
+  for (const [name, value] of [...body]) if (value === "" || value.size === 0) body.delete(name);
+  const from = taken && !find("clip-field").hidden;
+  if (from) body.set("video[id]", taken.id);
   const button = ask.querySelector(".main");
   button.disabled = true;
   try {
-    await json("/v1/videos", { method: "POST", body });
+    await json(from || body.has("video") ? "/v1/videos/edits" : "/v1/videos", { method: "POST", body });
     announce("The video is in the queue.");
     await look();
   } catch (error) {
@@ -137,6 +174,11 @@ ask.addEventListener("keydown", (event) => {
 });
 for (const id of ["model", "size"]) find(id).addEventListener("change", fitModel);
 find("image").addEventListener("change", showImage);
+find("clip").addEventListener("change", fitSource);
+find("untake").addEventListener("click", () => {
+  untake();
+  find("clip").focus();
+});
 
 // What there is
 
@@ -200,6 +242,7 @@ function readiness(text, kind) {
 
 function drop(id) {
   const card = cards.get(id);
+  if (taken === card) untake();
   cards.delete(id);
   card.stream?.abort();
   for (const address of card.addresses.values()) address.then(URL.revokeObjectURL, () => null);
@@ -218,7 +261,7 @@ function newCard(id) {
   }
   part("progress").setAttribute("aria-label", "Progress");
   part(".play").setAttribute("aria-label", "Play");
-  const acts = { play: () => play(card), cancel: () => cancel(card), download: () => download(card), again: () => again(card) };
+  const acts = { play: () => play(card), cancel: () => cancel(card), download: () => download(card), again: () => again(card), edit: () => edit(card) };
   for (const [name, act] of Object.entries(acts)) part(`.${name}`).addEventListener("click", () => attempt(card, act));
   part(".delete").addEventListener("click", () => attempt(card, () => remove(card)));
   part(".delete").addEventListener("blur", () => (part(".delete").textContent = "Delete"));
@@ -249,6 +292,7 @@ function show(card, video) {
   const active = isActive(video);
   part("progress").hidden = part(".cancel").hidden = !active;
   part(".download").hidden = video.status !== "completed";
+  part(".edit").hidden = video.status !== "completed" || !takers().length;
   part(".again").hidden = part(".delete").hidden = active;
   if (cancelling && !active) part(".again").focus();
   part("progress").value = video.progress;
