@@ -296,46 +296,47 @@ def latencies(seen: Seen) -> dict[str, float]:
     }
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything."""
+def undisturbed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a server that nothing is done to, and the Python API before and after it."""
     each = max(arguments.steady // arguments.workers // 4, SEEDS)
     before = bare_rate(arguments.workers, each, arguments.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder) / "steady", arguments.workers)
-        ready = server.wait_ready()
-        used = {**server.processor(), "clients": time.process_time()}
-        seen, seconds = served(server, arguments.clients, arguments.steady, arguments.steps)
-        now = {**server.processor(), "clients": time.process_time()}
-        seen.memory.append(server.memory())
-        check(server, seen, before.hashes, arguments.steady)
-        server.stop()
-        after = bare_rate(arguments.workers, each, arguments.steps)
-        bare_per_minute = statistics.mean((before.rate, after.rate))
-        rate = 60 * arguments.steady / seconds
-        steady = {
-            "jobs": arguments.steady,
-            "seconds": round(seconds, 1),
-            "jobs_per_minute": round(rate, 1),
-            "bare_per_minute": [round(before.rate, 1), round(after.rate, 1)],
-            "of_bare": round(rate / bare_per_minute, 3),
-            "processor_seconds_a_job": {
-                **{who: round((now[who] - used[who]) / arguments.steady, 4) for who in used},
-                "bare": round(statistics.mean((before.processor, after.processor)), 4),
-            },
-            "polls_a_job": round(len(seen.polls) / arguments.steady, 2),
-            "seconds_to_ready": round(ready, 1),
-            "milliseconds": latencies(seen),
-            "memory_bytes": seen.memory,
-        }
-        server = Server(Path(folder) / "chaos", arguments.workers)
-        server.wait_ready()
-        with killing(server, arguments.kills, arguments.pause) as killed:
-            seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps)
-        server.wait_ready()
-        expected = bare_rate(1, SEEDS, arguments.chaos_steps).hashes
-        check(server, seen, expected, arguments.jobs)
-        server.stop()
-    chaos = {
+    server = Server(folder / "steady", arguments.workers)
+    ready = server.wait_ready()
+    used = {**server.processor(), "clients": time.process_time()}
+    seen, seconds = served(server, arguments.clients, arguments.steady, arguments.steps)
+    now = {**server.processor(), "clients": time.process_time()}
+    seen.memory.append(server.memory())
+    check(server, seen, before.hashes, arguments.steady)
+    server.stop()
+    after = bare_rate(arguments.workers, each, arguments.steps)
+    rate = 60 * arguments.steady / seconds
+    return {
+        "jobs": arguments.steady,
+        "seconds": round(seconds, 1),
+        "jobs_per_minute": round(rate, 1),
+        "bare_per_minute": [round(before.rate, 1), round(after.rate, 1)],
+        "of_bare": round(rate / statistics.mean((before.rate, after.rate)), 3),
+        "processor_seconds_a_job": {
+            **{who: round((now[who] - used[who]) / arguments.steady, 4) for who in used},
+            "bare": round(statistics.mean((before.processor, after.processor)), 4),
+        },
+        "polls_a_job": round(len(seen.polls) / arguments.steady, 2),
+        "seconds_to_ready": round(ready, 1),
+        "milliseconds": latencies(seen),
+        "memory_bytes": seen.memory,
+    }
+
+
+def under_kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kill workers and servers while clients ask, and check what came of every job."""
+    server = Server(folder / "chaos", arguments.workers)
+    server.wait_ready()
+    with killing(server, arguments.kills, arguments.pause) as killed:
+        seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps)
+    server.wait_ready()
+    check(server, seen, bare_rate(1, SEEDS, arguments.chaos_steps).hashes, arguments.jobs)
+    server.stop()
+    return {
         "jobs": arguments.jobs,
         "seconds": round(seconds, 1),
         "killed": {kind: killed.count(kind) for kind in ("worker", "server")},
@@ -343,7 +344,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "completed_with_the_same_bytes": len(seen.hashes),
         "failed_after_two_kills": len(seen.failed),
     }
-    return {"steady": steady, "chaos": chaos}
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything."""
+    with tempfile.TemporaryDirectory() as name:
+        return {"steady": undisturbed(Path(name), arguments), "chaos": under_kills(Path(name), arguments)}
 
 
 def lines_of(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
