@@ -1,6 +1,7 @@
 // The page of `cvx-deploy serve`: asks for videos, follows how they are made, and shows them.
 
-const KEY = "cvx-deploy-key"; // of sessionStorage
+import { KEY, events, json, onRefusedKey, post, request, sentence } from "./server.js";
+
 const FOLLOWED = 3; // streams of events at once: browsers open six connections to a server
 const PAGE = 24; // videos that are shown first, and more of them at a time
 const [BUSY, IDLE] = [2000, 10000]; // milliseconds between two looks at the list
@@ -15,35 +16,6 @@ let taken = null; // the card whose video the next one starts from
 let timer;
 let visit = 0; // goes up when a key is forgotten: what was asked for with it is not shown after
 let last = Promise.resolve(); // looks at the list come one after the other
-
-class Refusal extends Error {
-  constructor({ message, param = null }, status = 0) {
-    const [what, fix] = message.split(/[.]? fix: /);
-    super(sentence(what) + (fix ? ` ${sentence(fix)}` : ""));
-    Object.assign(this, { param, status });
-  }
-}
-
-function sentence(text) {
-  return `${text[0].toUpperCase()}${text.slice(1).replace(/[.]$/, "")}.`;
-}
-
-async function request(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = key ? { Authorization: `Bearer ${key}`, ...options.headers } : options.headers;
-  const response = await fetch(path, { ...options, headers }).catch(() => {
-    throw new Refusal({ message: "the server does not answer. fix: try again in a moment." });
-  });
-  if (response.ok) return response;
-  if (response.status === 401 && key === sessionStorage.getItem(KEY)) lock(key !== null);
-  const found = await response.json().catch(() => null);
-  throw new Refusal(found?.error ?? { message: `the server answered ${response.status}` }, response.status);
-}
-
-const json = async (path, options) => (await request(path, options)).json();
-
-const post = (path, body) =>
-  json(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
 
 function announce(text) {
   find("live").textContent = text;
@@ -60,6 +32,8 @@ function lock(refused) {
   find("key-failure").textContent = refused ? "That key is not valid here." : "";
   find("key").focus();
 }
+
+onRefusedKey(lock);
 
 find("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -380,19 +354,6 @@ async function follow(card) {
   }
   card.stream = null;
   if (ended && cards.has(card.id)) await look();
-}
-
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const blocks = (text + part.value).split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const [, kind, told] = /^event: (.*)\ndata: (.*)$/.exec(block) ?? [];
-      if (kind) yield [kind, JSON.parse(told)];
-    }
-  }
 }
 
 function hear(card, kind, told) {
