@@ -60,7 +60,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         words = ("serve", "--port", self.port, "--data", data, "--workers", workers, "--threads", 1)
-        more = ("--queue", 100_000, "--jobs-per-key", 100_000)
+        more = ("--engine", "onnxruntime", "--queue", 100_000, "--jobs-per-key", 100_000)
         self._command = [sys.executable, "-m", "cvx_deploy", *map(str, words + more)]
         self.data = data
         self.start()
@@ -118,7 +118,7 @@ def bare(videos: int, steps: int, folder: Path) -> None:
     from cvx_deploy import Pipeline
 
     hashes: dict[int, str] = {}
-    with Pipeline.from_pretrained("mini", threads=1) as pipe:
+    with Pipeline.from_pretrained("mini", engine="onnxruntime", threads=1) as pipe:
         pipe(PROMPT, num_inference_steps=2)
         print("ready", flush=True)
         sys.stdin.readline()

@@ -11,7 +11,8 @@ from click.core import ParameterSource
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.precision import Precision
@@ -101,10 +102,11 @@ def devices_of(text: str) -> tuple[int, ...]:
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
-    default="onnxruntime",
+    type=click.Choice(CHOICES),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks. The tensorrt engines need cvx-deploy build first.",
+    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
+    "cvx-deploy build first.",
 )
 @click.option(
     "--threads",
@@ -113,6 +115,12 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@click.option(
+    "--ram",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory that an engine on a CPU may use, mapped weights left out. Default: all that this process may have.",
+)
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
 )
@@ -137,6 +145,7 @@ def run(
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
+    ram: int | None,
     no_cuda_graphs: bool,
     prompt_cache: Path | None,
     check_finite: bool,
@@ -168,7 +177,7 @@ def run(
 
     # One prompt needs each network once: then those of one phase alone are held.
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
-    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency, ram)
     _check_engine(engine, how, devices)
     check_combination(_given())
     bundle = open_bundle(path, checkpoint)
@@ -189,7 +198,7 @@ def run(
         progress=progress,
     )
     with opened as pipeline:
-        report = pipeline.run(request)
+        engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
     if report.branches_apart:
@@ -219,12 +228,20 @@ def _given() -> set[str]:
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
     """Refuse options that mean nothing to an engine."""
+    if engine == AUTO:
+        return
     given = options.given() | ({"device"} if devices is not None else set())
     for name in sorted(given & set(_FLAGS) - engine_spec(engine).takes):
         raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")
 
 
-_FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
+_FLAGS = {
+    "threads": "--threads",
+    "device": "--devices",
+    "vram": "--vram",
+    "ram": "--ram",
+    "cuda_graphs": "--no-cuda-graphs",
+}
 
 
 def _time_table(stages: dict[str, float]) -> list[str]:

@@ -36,11 +36,11 @@ _GPU_MODULATION = 26.0  # of its output
 
 # ONNX Runtime 1.32 on a CPU, fp32, weights published in half precision.
 _CPU_TRANSFORMER = 19.2  # beside the scores
-_CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
-_CPU_TEXT = 16.0
-_CPU_DECODER = 11.0  # without a memory pattern, which would add to it from the second run on
-_CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
-_CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
+CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
+CPU_TEXT = 16.0
+CPU_DECODER = 11.0  # without a memory pattern, which would add to it from the second run on
+CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
+CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
 """Bytes held for a byte of weights: converted, and arranged for its kernels."""
 _CPU_LOADING: Final = {"text_encoder": 2.4, "modulation": 1.77, "transformer": 2.55, "vae_decoder": 1.65}
 """Bytes at the peak of loading for a byte of weights: the converted and the arranged ones beside each other."""
@@ -137,7 +137,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
     Attention of few tokens holds the scores of all pairs, that of many goes through them in tiles. A video of several
     chunks has two sessions of the VAE, each with weights and memory of its own.
     """
-    held = {name: int(_CPU_HELD[name] * size) for name, size in weight_bytes(architecture, "fp32").items()}
+    held = {name: int(CPU_HELD[name] * size) for name, size in weight_bytes(architecture, "fp32").items()}
     text, transformer = architecture.text_encoder, architecture.transformer
     text_scores = 4 * text.heads * transformer.text_length**2
     state = architecture.decoder_state(shape)
@@ -145,7 +145,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
     return {
         "text_encoder": Needs(
             held["text_encoder"] + _CPU_TEXT_LAYER * text.layers,
-            _units(_CPU_TEXT, _text_unit(architecture, 4)) + text_scores,
+            _units(CPU_TEXT, _text_unit(architecture, 4)) + text_scores,
         ),
         "modulation": Needs(held["modulation"], _modulation_rows(architecture)),
         "transformer": Needs(
@@ -154,8 +154,8 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
         ),
         "vae_decoder": Needs(
             sessions * (held["vae_decoder"] + _CPU_DECODER_NODES),
-            _units(sessions * _CPU_DECODER, _pixel_unit(architecture, shape, 4)),
-            _units(sessions * _CPU_STATE, state * 4),
+            _units(sessions * CPU_DECODER, _pixel_unit(architecture, shape, 4)),
+            _units(sessions * CPU_STATE, state * 4),
         ),
     }
 
@@ -195,7 +195,7 @@ def _scores(architecture: Architecture, shape: Shape, batch: int) -> int:
 def _cpu_transformer(architecture: Architecture, shape: Shape, batch: int) -> int:
     unit = _token_unit(architecture, shape, batch, 4)
     if math.prod(architecture.latents(shape)) >= TILED_CELLS:
-        return _units(_CPU_TRANSFORMER_TILED, unit)
+        return _units(CPU_TRANSFORMER_TILED, unit)
     return _units(_CPU_TRANSFORMER, unit) + _scores(architecture, shape, batch)
 
 
