@@ -29,9 +29,10 @@ OUTPUTS: Final = {"event": "TYPE_STRING", "video": "TYPE_STRING"}
 """What answers hold: each an event, as JSON; the last one the mp4's bytes too."""
 
 _HEAD = "# written by cvx-deploy triton"
-_MODEL = (
-    '"""A CogVideoX bundle; see docs/serving.md of cvx-deploy."""\n\nfrom cvx_deploy.serve.triton.model import {name}\n'
-)
+_MODEL = '''"""A CogVideoX bundle; see docs/serving.md of cvx-deploy."""
+
+from cvx_deploy.serve.triton.model import TritonPythonModel
+'''
 
 
 def write_model(bundle: Bundle, engine: EngineName, options: EngineOptions, output: Path, *, replace: bool) -> Path:
@@ -52,7 +53,7 @@ def write_model(bundle: Bundle, engine: EngineName, options: EngineOptions, outp
     _check_replaceable(folder, replace=replace)
     with staged_directory(folder, replace=True) as staging:
         (staging / "1").mkdir()
-        (staging / "1" / "model.py").write_text(_MODEL.format(name="TritonPythonModel"))
+        (staging / "1" / "model.py").write_text(_MODEL)
         (staging / "config.pbtxt").write_text(config_text(bundle.path, engine, options))
     return folder
 
