@@ -44,6 +44,7 @@ COMMANDS = [
     "pack",
     "unpack",
     "serve",
+    "triton",
     "completion",
 ]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}

@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -86,9 +87,10 @@ class JobFiles:
     def writing(self, spec: Spec) -> Iterator["Output"]:
         """Take the frames of the video; its files are there, whole, when the block ends well, and else not."""
         form = VideoFormat(spec.frames, spec.height, spec.width, spec.fps)
-        with open_writer(self.path("video"), form) as writer:
-            output = Output(writer, form)
+        with open_writer(self.path("video"), form) as writer, ThreadPoolExecutor(1, "encoder") as beside:
+            output = Output(writer, form, beside)
             yield output
+            output.wait()
         output.sheet.save(self.path("spritesheet"))
         assert output.middle is not None
         with staged_file(self.path("thumbnail")) as temporary:
@@ -104,20 +106,30 @@ class JobFiles:
 
 
 class Output:
-    """A video that grows.
+    """A video that grows: frames are encoded beside the caller, who decodes the next ones meanwhile.
 
     Attributes:
         sheet: Some of its frames in a row.
         middle: The frame in its middle, once it is there.
     """
 
-    def __init__(self, writer: VideoWriter, form: VideoFormat) -> None:
-        self._writer, self._at, self._count = writer, form.frames // 2, 0
+    def __init__(self, writer: VideoWriter, form: VideoFormat, beside: Executor) -> None:
+        self._writer, self._at, self._count, self._beside = writer, form.frames // 2, 0, beside
+        self._pending: Future[None] | None = None
         self.sheet = ContactSheet(form)
         self.middle: NDArray[np.uint8] | None = None
 
     def add(self, frames: Frames) -> None:
-        """Take the next frames, (n, H, W, 3) in [0, 1]."""
+        """Take the next frames, (n, H, W, 3) in [0, 1], once those before are in the file; raises what these met."""
+        self.wait()
+        self._pending = self._beside.submit(self._take, frames)
+
+    def wait(self) -> None:
+        """Wait until all frames are in the file."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _take(self, frames: Frames) -> None:
         self._writer.write(frames)
         self.sheet.add(frames)
         if self._count <= self._at < self._count + len(frames):

@@ -77,7 +77,7 @@ class Slot:
                 pause = 0.5
                 self._work()
             except _GoneError as error:
-                if not self._crew.stopping:
+                if not (self._crew.stopping or self._crew.given_up):
                     self._crew.progress.note(f"note: worker {self._number} {safe(error)}; it is started anew")
             finally:
                 self._bury()
@@ -253,7 +253,7 @@ class Supervisor:
         on_broken: Callable[[CvxError], None],
     ) -> None:
         self.store, self.hub, self.progress = store, hub, progress
-        self.stopping = False
+        self.stopping = self.given_up = False
         self._settings, self._on_broken = settings, on_broken
         self._was_ready = False
         self._news = threading.Condition()
@@ -334,4 +334,5 @@ class Supervisor:
     def broken(self, slot: Slot) -> None:
         """Note that a worker cannot come up; where none ever has, the server ends with the reason."""
         if not self._was_ready and slot.trouble is not None:
+            self.given_up = True
             self._on_broken(slot.trouble)

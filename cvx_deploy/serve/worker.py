@@ -155,7 +155,9 @@ class Worker:
             self._tell("resumed", taken=point.taken, count=point.count)
         saved = time.monotonic()
         with self._interruptible(), files.writing(spec) as output:
-            stream = pipeline.stream(resume=point, **asked(spec, files))
+            stream = pipeline.stream(
+                resume=point, **arguments_of(spec, files.source() if spec.source is not None else None)
+            )
             with closing(stream):
                 for event in stream:
                     if isinstance(event, Step):
@@ -174,8 +176,9 @@ class Worker:
         self._tell("step", index=step.index, count=step.count, forecast=step.forecast, progress=progress)
         if self._wish == "cancelled":
             raise _EndedError
-        due = taken % _EVERY == 0 and time.monotonic() - saved >= self._settings["point_seconds"]
-        if step.point is not None and (due or taken == step.count or self._wish == "stopped"):
+        late = time.monotonic() - saved >= self._settings["point_seconds"]  # a short job costs less than its points
+        due = late and (taken % _EVERY == 0 or taken == step.count)
+        if step.point is not None and (due or self._wish == "stopped"):
             files.save_point(mark, step.point)
             self._tell("saved", progress=progress)
             saved = time.monotonic()
@@ -220,13 +223,9 @@ class Worker:
             self._pipelines.pop(name).close()
 
     def _warm(self, name: str) -> None:
-        """Make a video of a few steps and throw it away, so that whatever is loaded or compiled late is there."""
+        """Load a model and try it, without the others where there is no room for all."""
         try:
-            pipeline = self._pipeline(name)
-            shape = pipeline.bundle.shape
-            picture = np.full((shape.height, shape.width, 3), 127, np.uint8)
-            image = picture if pipeline.bundle.manifest.traits.task == "image-to-video" else None
-            pipeline("", num_inference_steps=_WARM_STEPS, image=image)
+            warm_up(self._pipeline(name))
         except OutOfMemoryError:
             if set(self._pipelines) <= {name}:
                 raise
@@ -238,8 +237,16 @@ class Worker:
         self._out.flush()
 
 
-def asked(spec: Spec, files: JobFiles) -> dict[str, Any]:
-    """Return the arguments of `Pipeline.stream` for a job."""
+def warm_up(pipeline: Pipeline) -> None:
+    """Make a video of a few steps and throw it away, so that whatever is loaded or compiled late is there."""
+    shape = pipeline.bundle.shape
+    picture = np.full((shape.height, shape.width, 3), 127, np.uint8)
+    image = picture if pipeline.bundle.manifest.traits.task == "image-to-video" else None
+    pipeline("", num_inference_steps=_WARM_STEPS, image=image)
+
+
+def arguments_of(spec: Spec, source: Any) -> dict[str, Any]:
+    """Return the arguments of `Pipeline.stream` for a job, and for what it starts from where it does from something."""
     arguments: dict[str, Any] = {
         "prompt": spec.prompt,
         "negative_prompt": spec.negative_prompt,
@@ -252,7 +259,7 @@ def asked(spec: Spec, files: JobFiles) -> dict[str, Any]:
         "cache": spec.cache,
     }
     if spec.source is not None:
-        arguments[spec.source] = files.source()
+        arguments[spec.source] = source
     if spec.strength is not None:
         arguments["strength"] = spec.strength
     return arguments
