@@ -5,13 +5,15 @@
 Undisturbed, jobs a minute are held against as many processes that use the Python API and nothing else, and processor
 seconds a job against theirs: clients, server and workers share the cores. A client looks at its job when the server's
 answers say that it makes sense, as OpenAI's own client does. Under kills every accepted job must end once, with the
-bytes that the Python API writes; the program fails where one does not.
+bytes that the Python API writes; the program fails where one does not. With
+--ray the workers are on the nodes of a Ray cluster on this machine, nodes are killed, and others join.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import signal
 import socket
@@ -31,7 +33,11 @@ import httpx
 import psutil
 from report import conditions, write
 
-TOOLS = ("onnxruntime", "numpy", "av", "fastapi", "uvicorn", "starlette", "httpx")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.cluster.nodes import Nodes
+
+TOOLS = ("onnxruntime", "numpy", "av", "fastapi", "uvicorn", "starlette", "httpx", "ray")
 PROMPT = "a red circle moves to the right"
 SEEDS = 8  # so many different videos are asked for, over and over
 ENDED = ("completed", "failed", "cancelled")
@@ -54,14 +60,15 @@ class Seen:
 class Server:
     """A server process that can be killed and started again at the same port."""
 
-    def __init__(self, data: Path, workers: int) -> None:
+    def __init__(self, data: Path, workers: int, *, ray: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         words = ("serve", "--port", self.port, "--data", data, "--workers", workers, "--threads", 1)
         more = ("--engine", "onnxruntime", "--queue", 100_000, "--jobs-per-key", 100_000)
-        self._command = [sys.executable, "-m", "cvx_deploy", *map(str, words + more)]
+        through = () if ray is None else ("--ray", ray)
+        self._command = [sys.executable, "-m", "cvx_deploy", *map(str, words + more + through)]
         self.data = data
         self.start()
 
@@ -254,6 +261,24 @@ def killing(server: Server, kills: int, pause: float) -> Iterator[list[str]]:
     thread.join()
 
 
+@contextlib.contextmanager
+def nodes_dying(nodes: Nodes, kills: int, pause: float) -> Iterator[list[str]]:
+    """Kill a node of a cluster, and let another one join, while the block lasts."""
+    done, killed = threading.Event(), list[str]()
+
+    def kill() -> None:
+        while len(killed) < kills and not done.wait(pause):
+            nodes.kill()
+            killed.append("node")
+            nodes.add()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    yield killed
+    done.set()
+    thread.join()
+
+
 def check(server: Server, seen: Seen, expected: dict[int, str], jobs: int) -> None:
     """Fail unless every job is there once, completed, with the right bytes, and nothing else lies there."""
     listed: list[dict[str, Any]] = []
@@ -352,6 +377,42 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"steady": undisturbed(Path(name), arguments), "chaos": under_kills(Path(name), arguments)}
 
 
+def measured_with_ray(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what comes of jobs whose nodes die."""
+    _, expected = bare_rate(1, SEEDS, arguments.chaos_steps)
+    with tempfile.TemporaryDirectory() as folder, Nodes() as nodes:
+        os.environ.update(nodes.environment)
+        server = Server(Path(folder) / "ray", 2, ray=nodes.address)
+        ready = server.wait_ready()
+        with nodes_dying(nodes, arguments.kills, arguments.pause) as killed:
+            seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps)
+        check(server, seen, expected, arguments.jobs)
+        server.stop()
+    return {
+        "jobs": arguments.jobs,
+        "seconds": round(seconds, 1),
+        "seconds_to_ready": round(ready, 1),
+        "nodes_killed": len(killed),
+        "milliseconds": latencies(seen),
+        "completed_with_the_same_bytes": len(seen.hashes),
+        "failed_after_two_kills": len(seen.failed),
+    }
+
+
+def lines_with_ray(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """Return what `measured_with_ray` returned as Markdown."""
+    head = f"{arguments.clients} clients, a Ray cluster of a head and two nodes with one CPU each on one machine"
+    killed = f"kill -9 of {results['nodes_killed']} nodes, each followed by a new one that joins"
+    return [
+        "# Serving through Ray",
+        "",
+        f"{head}, the miniature, {killed}: of {results['jobs']} accepted jobs of {arguments.chaos_steps} steps every "
+        f"one ended once, {results['completed_with_the_same_bytes']} with the bytes that the Python API writes and "
+        f"{results['failed_after_two_kills']} as failed, hit twice at the same place; nothing else was left. "
+        f"It took {results['seconds']} s.",
+    ]
+
+
 def lines_of(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     """Return the results as Markdown."""
     steady, chaos = results["steady"], results["chaos"]
@@ -398,6 +459,7 @@ def main() -> None:
     parser.add_argument("--chaos-steps", type=int, default=50, help="steps of each of them")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between two kills")
+    parser.add_argument("--ray", action="store_true", help="kill nodes of a Ray cluster, and do no more")
     parser.add_argument("--note", default="nothing else ran", help="what else used the machine, for the report")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "serve")
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
@@ -413,6 +475,10 @@ def main() -> None:
         video="the packaged miniature mini: 9x48x48, guidance 2, fp32, mp4, onnxruntime, one thread a worker",
         **{name: getattr(arguments, name) for name in names},
     )
+    if arguments.ray:
+        results = measured_with_ray(arguments)
+        write(arguments.output.with_name("serve_ray"), told, results, lines_with_ray(results, arguments))
+        return
     results = measured(arguments)
     write(arguments.output, told, results, lines_of(results, arguments))
 

@@ -45,6 +45,7 @@ COMMANDS = [
     "unpack",
     "serve",
     "triton",
+    "batch",
     "completion",
 ]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}

@@ -20,6 +20,7 @@ def __getattr__(name: str) -> Any:
     if name != "cli":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from cvx_deploy.cli import (  # noqa: F401
+        batch,
         bundles,
         cache,
         cached,

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cvx_deploy import __version__
-from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.pack import identity
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.errors import CvxError
-from cvx_deploy.files import sha256_of, staged_file
+from cvx_deploy.files import staged_file
+from cvx_deploy.measure.cpu import cpu_name, instructions
 from cvx_deploy.media.contact_sheet import ContactSheet
 from cvx_deploy.media.encoders import VideoFormat, as_bytes
 from cvx_deploy.media.write import VideoWriter, open_writer
@@ -149,7 +151,9 @@ def fingerprint(bundle: Bundle, engine: str, threads: int | None, spec: Spec) ->
     """Return a hash of all that a video's bits depend on: a point under another one is not gone on from."""
     made_by: list[Any] = [
         __version__,
-        sha256_of(bundle.path / MANIFEST),
+        identity(bundle),
+        cpu_name(),
+        instructions(),
         engine,
         engine_spec(engine).version(),
         threads,

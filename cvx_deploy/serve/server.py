@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cvx_deploy.serve.hub import Hub
 from cvx_deploy.serve.jobs import JobStore
 from cvx_deploy.serve.keys import KeyRing
 from cvx_deploy.serve.metrics import Metrics
+from cvx_deploy.serve.process import Employed
 from cvx_deploy.serve.service import Service, sweep, sweep_orphans
 from cvx_deploy.serve.settings import ServeSettings
 from cvx_deploy.serve.supervisor import Supervisor
@@ -31,8 +32,13 @@ _MOST_CONNECTIONS = 512
 _WAITING = 512  # connections that wait to be taken
 
 
-def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
+def serve(settings: ServeSettings, progress: Progress, hire: Callable[[int], Employed] | None = None) -> dict[str, Any]:
     """Serve until a signal ends it; return how many jobs there are in each state then.
+
+    Args:
+        settings: What and how.
+        progress: Told what goes on.
+        hire: See `Supervisor`.
 
     Raises:
         CvxError: The folder, the port or the keys cannot be used, or the workers cannot come up.
@@ -50,7 +56,7 @@ def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
             failures.append(error)
             server.should_exit = True
 
-        supervisor = Supervisor(settings, store, hub, progress, broken)
+        supervisor = Supervisor(settings, store, hub, progress, broken, hire)
         service = Service(settings, store, hub, supervisor)
         app = application(service, keys, Metrics(store, supervisor))
         config = uvicorn.Config(
