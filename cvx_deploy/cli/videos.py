@@ -14,6 +14,7 @@ from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bund
 from cvx_deploy.engines.registry import ENGINES, engine_spec
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
+from cvx_deploy.errors import CvxError
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
@@ -100,6 +101,12 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
 @click.option(
+    "--long",
+    "way",
+    type=click.Choice(["chain", "windows"]),
+    help="How a video beyond the bundle's frames is made: clips that go on from each other, or overlapping windows.",
+)
+@click.option(
     "--engine",
     type=click.Choice(ENGINES),
     default="onnxruntime",
@@ -145,6 +152,7 @@ def run(
     frames: int | None,
     height: int | None,
     width: int | None,
+    way: str | None,
     output: str,
     progress: Progress,
     **options: Any,
@@ -166,6 +174,8 @@ def run(
     from cvx_deploy.pipeline.request import RunRequest
     from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
 
+    if way is not None:
+        raise CvxError(f"--long {way} is not there yet", fix="leave it out")
     # One prompt needs each network once: then those of one phase alone are held.
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
     how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
