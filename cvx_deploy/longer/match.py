@@ -1,24 +1,30 @@
 """Colour and brightness of a clip, brought to those of the clip before it, and held at those of the first.
 
 A model's first frame is not quite the image that it was given, and its brightness moves on within a clip. Each clip
-starts where the last one ended, so that both add up. Three things are done. Channel by channel, a clip's mean and
-contrast are matched to those of the shared frames, which show the same. What the first of them still differ by is taken
-from the frames that follow, less and less. And the median of each frame is led to the median of the first clip, channel
-by channel: a median hardly sees what moves in front of a background.
+starts where the last one ended, so that both add up. Three things are done:
+
+1. Channel by channel, mean and contrast are matched to those of the shared frames, which show the same.
+2. What the first of the shared frames still differs by is taken from the frames that follow, less and less.
+3. Dark, middle and bright levels of each frame are led to those of the first clip, channel by channel. The middle one, a
+   median, hardly sees what moves in front of a background. The others do, and are left alone where they are far off:
+   something has come or gone then.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 Clip = NDArray[np.uint8]  # (n, H, W, 3)
-Levels = NDArray[np.float32]  # (3,), in [0, 255]
+Levels = NDArray[np.float32]  # (3, 3): dark, middle and bright of each channel, in [0, 255]
+_QUANTILES = (0.02, 0.5, 0.98)
 _MOST_GAIN = 1.25  # of contrast, where what the frames show is not the same after all
 _LEAST_DEVIATION = 0.5  # of 255: a plain picture has no contrast to match
+_NEAR = 8.0  # of 255: levels so near to the median are led where it is led
+_FAR = 64.0  # of 255: dark and bright levels that far off are of something else
 
 
-def levels_of(clip: Clip) -> Levels:
-    """Return the median of each channel over all frames."""
-    return np.asarray(np.median(clip.reshape(-1, 3), axis=0), np.float32)
+def levels_of(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> Levels:
+    """Return the levels of each channel over all pixels, (..., 3)."""
+    return np.asarray(np.quantile(pixels.reshape(-1, 3), _QUANTILES, axis=0), np.float32)
 
 
 def matched(clip: Clip, shared: Clip, levels: Levels | None) -> Clip:
@@ -27,7 +33,7 @@ def matched(clip: Clip, shared: Clip, levels: Levels | None) -> Clip:
     Args:
         clip: As it was decoded; its first frames show what `shared` shows.
         shared: The last frames of the clip before.
-        levels: Medians that are led to over the first half of the clip; None to leave it at the seam.
+        levels: What levels are led to over the first half of the clip; None to leave it at the seam.
 
     Returns:
         It; its first frame is the first of `shared`.
@@ -45,6 +51,17 @@ def matched(clip: Clip, shared: Clip, levels: Levels | None) -> Clip:
             amiss = shared[0] - pixels
         pixels += (1 - way) * amiss
         if levels is not None:
-            pixels += way * (levels - np.median(pixels.reshape(-1, 3), axis=0))
+            pixels += way * _amiss(pixels, levels)
         result[index] = pixels.round().clip(0, 255)
     return result
+
+
+def _amiss(pixels: NDArray[np.float32], levels: Levels) -> NDArray[np.float32]:
+    """Return what brings each pixel of a frame to the levels, (H, W, 3): that of its own level, between those known."""
+    own = levels_of(pixels)
+    shift = levels - own
+    for end in (0, 2):
+        shift[end] *= np.maximum(1 - np.abs(shift[end]) / _FAR, 0)
+        shift[end] = np.where(np.abs(own[end] - own[1]) < _NEAR, shift[1], shift[end])
+    planes = [np.interp(pixels[..., channel], own[:, channel], shift[:, channel]) for channel in range(3)]
+    return np.stack(planes, axis=-1).astype(np.float32)
