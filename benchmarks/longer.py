@@ -147,7 +147,6 @@ def measure_memory() -> Iterator[dict[str, Any]]:
 
 def _peak(model: str, given: tuple[str, ...], frames: int, output: Path) -> int:
     """Return the peak resident bytes of one run."""
-    code = "import resource; from cvx_deploy.cli import main\ntry:\n main()\nfinally:\n print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     words = [
         "run",
         "--model",

@@ -5,9 +5,9 @@ starts where the last one ended, so that both add up. Three things are done:
 
 1. Channel by channel, mean and contrast are matched to those of the shared frames, which show the same.
 2. What the first of the shared frames still differs by is taken from the frames that follow, less and less.
-3. Dark, middle and bright levels of each frame are led to those of the first clip, channel by channel. The middle one, a
-   median, hardly sees what moves in front of a background. The others do, and are left alone where they are far off:
-   something has come or gone then.
+3. Dark, middle and bright levels of each frame are led to those of the first clip, channel by channel. The middle
+   one, a median, hardly sees what moves in front of a background. The others do, and are left alone where they are far
+   off: something has come or gone then.
 """
 
 import numpy as np

@@ -34,10 +34,10 @@ def chain() -> Iterator[Chain]:
         yield Chain(first, then)
 
 
-def following(chain: Chain, *prompt: str, **given: Any) -> NDArray[np.uint8]:
+def following(chain: Chain, prompt: str, **given: Any) -> NDArray[np.uint8]:
     """Return what the second pipeline makes by itself."""
     assert chain.then is not None
-    return as_bytes(chain.then(*prompt, **given, **STEPS).frames[0])
+    return as_bytes(chain.then(prompt, **{**given, **STEPS}).frames[0])
 
 
 def made(chain: Chain, prompt: Any = UP, **given: Any) -> Video:
