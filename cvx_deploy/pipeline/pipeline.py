@@ -256,6 +256,11 @@ class Pipeline:
             self._opened = None
 
     @property
+    def residency(self) -> Policy:
+        """Which networks stay loaded."""
+        return self._options.residency
+
+    @property
     def identity(self) -> str:
         """A hash of all that a video's bits depend on beside what is asked for."""
         made_by = [__version__, sha256_of(self.bundle.path / MANIFEST), self.engine, engine_spec(self.engine).version()]
