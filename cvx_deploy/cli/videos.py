@@ -12,7 +12,8 @@ from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
@@ -111,10 +112,11 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
-    default="onnxruntime",
+    type=click.Choice(CHOICES),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks. The tensorrt engines need cvx-deploy build first.",
+    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
+    "cvx-deploy build first.",
 )
 @click.option(
     "--threads",
@@ -123,6 +125,12 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@click.option(
+    "--ram",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory that an engine on a CPU may use, mapped weights left out. Default: all that this process may have.",
+)
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
 )
@@ -145,6 +153,7 @@ def run(
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
+    ram: int | None,
     no_cuda_graphs: bool,
     prompt_cache: Path | None,
     check_finite: bool,
@@ -176,14 +185,15 @@ def run(
 
     # One prompt needs each network once: then those of one phase alone are held.
     several = len(options["prompts"]) > 1
-    _check_engine(engine, _engine_options(threads, vram, no_cuda_graphs, resident=several), devices)
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if several else "phase", ram)
+    _check_engine(engine, how, devices)
     check_combination(_given())
 
     def opened(bundle: "Bundle", resident: bool) -> "Pipeline":
         return Pipeline(
             bundle,
             engine,
-            _engine_options(threads, vram, no_cuda_graphs, resident=resident),
+            replace(how, residency="resident" if resident else "phase"),
             devices=devices or (),
             check_finite=check_finite,
             prompt_cache=prompt_cache,
@@ -206,7 +216,7 @@ def run(
     request = RunRequest(**options)
     bundle = bundle_at(bundle, replace(wanted, frames=count), request.from_latents)
     with opened(bundle, several) as pipeline:
-        report = pipeline.run(request)
+        engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
     if report.branches_apart:
@@ -230,10 +240,6 @@ def run(
     return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
 
 
-def _engine_options(threads: int | None, vram: int | None, no_cuda_graphs: bool, *, resident: bool) -> EngineOptions:
-    return EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if resident else "phase")
-
-
 def _given() -> set[str]:
     """Return the options that stand on the command line, with the value that they have anyway, too."""
     context = click.get_current_context()
@@ -242,12 +248,20 @@ def _given() -> set[str]:
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
     """Refuse options that mean nothing to an engine."""
+    if engine == AUTO:
+        return
     given = options.given() | ({"device"} if devices is not None else set())
     for name in sorted(given & set(_FLAGS) - engine_spec(engine).takes):
         raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")
 
 
-_FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
+_FLAGS = {
+    "threads": "--threads",
+    "device": "--devices",
+    "vram": "--vram",
+    "ram": "--ram",
+    "cuda_graphs": "--no-cuda-graphs",
+}
 
 
 def _time_table(stages: dict[str, float]) -> list[str]:
