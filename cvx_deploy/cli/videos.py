@@ -1,7 +1,7 @@
 """The command that makes videos."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,6 +107,10 @@ def devices_of(text: str) -> tuple[int, ...]:
     help="How a video beyond the bundle's frames is made: clips that go on from each other, or overlapping windows.",
 )
 @click.option(
+    "--freenoise", is_flag=True, help="For windows: start later frames from the noise of earlier ones, shuffled."
+)
+@click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
+@click.option(
     "--engine",
     type=click.Choice(ENGINES),
     default="onnxruntime",
@@ -153,6 +157,8 @@ def run(
     height: int | None,
     width: int | None,
     way: str | None,
+    freenoise: bool,
+    loop: bool,
     output: str,
     progress: Progress,
     **options: Any,
@@ -172,9 +178,10 @@ def run(
     from cvx_deploy.pipeline.combinations import check_combination
     from cvx_deploy.pipeline.pipeline import Pipeline
     from cvx_deploy.pipeline.request import RunRequest
-    from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
+    from cvx_deploy.pipeline.shapes import ShapeChoice
+    from cvx_deploy.pipeline.windows import bundle_and_windows
 
-    if way is not None:
+    if way == "chain":
         raise CvxError(f"--long {way} is not there yet", fix="leave it out")
     # One prompt needs each network once: then those of one phase alone are held.
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
@@ -188,7 +195,8 @@ def run(
         options["guidance_scale"] = defaults.guidance_scale if guidance_scale is None else guidance_scale
     request = RunRequest(output=output, **options)
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
-    bundle = bundle_at(bundle, wanted, request.from_latents)
+    bundle, windows = bundle_and_windows(bundle, wanted, request.from_latents, freenoise=freenoise, loop=loop)
+    request = replace(request, windows=windows)
     opened = Pipeline(
         bundle,
         engine,
@@ -213,7 +221,8 @@ def run(
         "cached_prompts": report.cached_prompts,
         "steps": [asdict(report.steps[video]) for video in sorted(report.steps)],
         "branches_apart": report.branches_apart,
-        "shape": str(bundle.shape),
+        "shape": str(bundle.shape if windows is None else windows.shape),
+        "windows": None if report.windows is None else report.windows.as_json,
         "engine": engine,
         "precision": bundle.manifest.precision,
         "bundle": str(path),
