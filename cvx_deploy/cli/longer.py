@@ -98,24 +98,29 @@ def long_options(command: Command) -> Command:
     return given
 
 
-def way_of(long: Long, bundle: "Bundle", frames: int | None, height: int | None, width: int | None) -> Way | None:
-    """Return how a video is made; None where the bundle makes it as it is.
+def way_of(
+    long: Long, bundle: "Bundle", frames: int | None, height: int | None, width: int | None, *, windows: bool
+) -> Way | None:
+    """Return how a video is made; None where nothing says that a chain or windows make it.
 
     Args:
         long: What is asked for.
         bundle: What makes it, or the first clip of it.
         frames: How many are asked for, if it is said.
         height: In pixels, if it is said; `width` likewise.
+        windows: Whether there is an option that is of windows alone.
 
     Raises:
         PromptError: An option means nothing for that way.
     """
     longest = max((shape.frames for shape in _shapes(bundle, height, width)), default=0)
-    beyond = frames is not None and frames > longest > 0
-    way = long.way
+    beyond = frames is not None and frames > longest
+    way = long.way or ("windows" if windows or not longest else None)
     if way is None and (long.script is not None or long.seconds is not None or beyond):
         at_hand = image_bundle(long, bundle) is not None
         way = "chain" if at_hand or long.script is not None or not beyond else "windows"
+    if way == "chain" and windows:
+        raise PromptError("--loop and --freenoise are of windows", fix="leave them out, or use --long windows")
     for name, word in (("script", "--script"), ("image_model", "--image-model"), ("free_colours", "--free-colours")):
         if way != "chain" and getattr(long, name):
             raise PromptError(f"{word} is of a chain of clips", fix=f"add --long chain, or leave {word} out")

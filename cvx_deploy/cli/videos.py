@@ -111,6 +111,10 @@ def devices_of(text: str) -> tuple[int, ...]:
     help="Frames a second of the file; those between the model's own are made by optical flow. Default: the model's.",
 )
 @click.option(
+    "--freenoise", is_flag=True, help="For windows: start later frames from the noise of earlier ones, shuffled."
+)
+@click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
+@click.option(
     "--engine",
     type=click.Choice(CHOICES),
     default=AUTO,
@@ -163,6 +167,8 @@ def run(
     height: int | None,
     width: int | None,
     long: Long,
+    freenoise: bool,
+    loop: bool,
     progress: Progress,
     **options: Any,
 ) -> Result:
@@ -181,7 +187,8 @@ def run(
     from cvx_deploy.pipeline.combinations import check_combination
     from cvx_deploy.pipeline.pipeline import Pipeline
     from cvx_deploy.pipeline.request import RunRequest
-    from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
+    from cvx_deploy.pipeline.shapes import ShapeChoice
+    from cvx_deploy.pipeline.windows import bundle_and_windows
 
     # One prompt needs each network once: then those of one phase alone are held.
     several = len(options["prompts"]) > 1
@@ -204,7 +211,7 @@ def run(
     defaults = bundle.manifest.defaults
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     count = long.frames(wanted.frames, bundle.manifest.fps)
-    way = way_of(long, bundle, count, wanted.height, wanted.width)
+    way = way_of(long, bundle, count, wanted.height, wanted.width, windows=freenoise or loop)
     if way == "chain":
         return chain_result(long, bundle, opened, count, (wanted.height, wanted.width), options, progress)
     if options["from_latents"] is None:
@@ -214,7 +221,15 @@ def run(
     else:
         options = {key: value for key, value in options.items() if value is not None}
     request = RunRequest(**options)
-    bundle = bundle_at(bundle, replace(wanted, frames=count), request.from_latents)
+    bundle, windows = bundle_and_windows(
+        bundle,
+        replace(wanted, frames=count),
+        request.from_latents,
+        overlap=long.overlap,
+        freenoise=freenoise,
+        loop=loop,
+    )
+    request = replace(request, windows=windows)
     with opened(bundle, several) as pipeline:
         engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
@@ -232,7 +247,8 @@ def run(
         "branches_apart": report.branches_apart,
         "fps": report.fps,
         "interpolated": report.interpolated,
-        "shape": str(bundle.shape),
+        "shape": str(bundle.shape if windows is None else windows.shape),
+        "windows": None if report.windows is None else report.windows.as_json,
         "engine": engine,
         "precision": bundle.manifest.precision,
         "bundle": str(path),

@@ -40,8 +40,9 @@ from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.run import events, run
-from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
+from cvx_deploy.pipeline.shapes import ShapeChoice
 from cvx_deploy.pipeline.video import Video
+from cvx_deploy.pipeline.windows import bundle_and_windows
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
@@ -218,7 +219,8 @@ class Pipeline:
                     latents = event.latents
                 elif isinstance(event, Frames):
                     frames.append(event.frames)
-        size = (len(latents), bundle.shape.frames if frames else 0, bundle.shape.height, bundle.shape.width, 3)
+        shape = bundle.shape if request.windows is None else request.windows.shape
+        size = (len(latents), shape.frames if frames else 0, shape.height, shape.width, 3)
         joined = np.concatenate(frames).reshape(size) if frames else np.empty(size, np.float32)
         return Video(joined, latents, bundle.manifest.fps, tuple(report.seeds), report)
 
@@ -236,7 +238,9 @@ class Pipeline:
                 video, the next has one more; ``generator``, a seed for every video, as ints or as objects with
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
-                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
+                ``width``, which pick one of the bundle's shapes, or a larger one that is made by windows of it, with
+                ``overlap``, the frames that those share at the least, and ``freenoise``; ``loop``, for a video whose
+                end leads back to its beginning; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
                 the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
                 one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
                 ``resume``, the ``point`` of a step of an earlier run of the same video, to go on from there.
@@ -309,6 +313,9 @@ class Pipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        overlap: int | None = None,
+        freenoise: bool = False,
+        loop: bool = False,
         vae_tiling: bool = False,
         latents_dtype: Precision = "fp32",
         cache: CacheMode | PolicyMaker | None = None,
@@ -318,8 +325,9 @@ class Pipeline:
         resume: ResumePoint | None = None,
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
-        bundle = bundle_at(self.bundle, ShapeChoice(num_frames, height, width))
-        shape, defaults = bundle.shape, bundle.manifest.defaults
+        size = ShapeChoice(num_frames, height, width)
+        bundle, windows = bundle_and_windows(self.bundle, size, overlap=overlap, freenoise=freenoise, loop=loop)
+        shape, defaults = bundle.shape if windows is None else windows.shape, bundle.manifest.defaults
         request = RunRequest(
             prompts=() if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt),
             negative_prompt=negative_prompt,
@@ -342,6 +350,7 @@ class Pipeline:
             cache_speedup=cache_speedup,
             cache_tolerance=cache_tolerance,
             fast=fast,
+            windows=windows,
             resume=resume,
         )
         return bundle, request
