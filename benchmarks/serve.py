@@ -379,7 +379,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measured_with_ray(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure what comes of jobs whose nodes die."""
-    _, expected = bare_rate(1, SEEDS, arguments.chaos_steps)
+    expected = bare_rate(1, SEEDS, arguments.chaos_steps).hashes
     with tempfile.TemporaryDirectory() as folder, Nodes() as nodes:
         os.environ.update(nodes.environment)
         server = Server(Path(folder) / "ray", 2, ray=nodes.address)

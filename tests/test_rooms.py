@@ -32,6 +32,7 @@ ROOMS = (
         "estimate",
         "media",
         "pipeline",
+        "longer",
         "exporters",
         "diffusers",
         "parity",

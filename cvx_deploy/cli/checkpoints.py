@@ -109,6 +109,11 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
     help="A fine-tuned transformer in place of the checkpoint's.",
 )
 @LORAS
+@click.option(
+    "--riflex",
+    is_flag=True,
+    help="For sizes longer than the model was trained on: lower one frequency of its positions (arXiv:2502.15894).",
+)
 @click.option("--copy-weights", is_flag=True, help="Put the weights into the bundle instead of pointing at them.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: NAME in the engines folder.")
 @ENGINES_DIR

@@ -9,6 +9,7 @@
         video.save("circle.mp4")
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -19,7 +20,9 @@ from typing import Any, Final, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.pack import identity
 from cvx_deploy.engines.auto import AUTO, chosen
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
@@ -27,6 +30,7 @@ from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import DEFAULT_OPTIONS, EngineName, EngineOptions, Needed
 from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
+from cvx_deploy.measure.cpu import cpu_name, instructions
 from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixels
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
@@ -37,8 +41,9 @@ from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.run import events, run
-from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
+from cvx_deploy.pipeline.shapes import ShapeChoice
 from cvx_deploy.pipeline.video import Video
+from cvx_deploy.pipeline.windows import bundle_and_windows
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
@@ -215,7 +220,8 @@ class Pipeline:
                     latents = event.latents
                 elif isinstance(event, Frames):
                     frames.append(event.frames)
-        size = (len(latents), bundle.shape.frames if frames else 0, bundle.shape.height, bundle.shape.width, 3)
+        shape = bundle.shape if request.windows is None else request.windows.shape
+        size = (len(latents), shape.frames if frames else 0, shape.height, shape.width, 3)
         joined = np.concatenate(frames).reshape(size) if frames else np.empty(size, np.float32)
         return Video(joined, latents, bundle.manifest.fps, tuple(report.seeds), report)
 
@@ -233,7 +239,9 @@ class Pipeline:
                 video, the next has one more; ``generator``, a seed for every video, as ints or as objects with
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
-                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
+                ``width``, which pick one of the bundle's shapes, or a larger one that is made by windows of it, with
+                ``overlap``, the frames that those share at the least, and ``freenoise``; ``loop``, for a video whose
+                end leads back to its beginning; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
                 the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
                 one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
                 ``resume``, the ``point`` of a step of an earlier run of the same video, to go on from there.
@@ -257,6 +265,28 @@ class Pipeline:
         with self._alone():
             self._closed = True
             self._stack.close()
+
+    def unload(self) -> None:
+        """Free what is loaded; the next call loads it again.
+
+        Raises:
+            CvxError: A run has not ended yet.
+        """
+        with self._alone():
+            self._stack.close()
+            self._opened = None
+
+    @property
+    def residency(self) -> Policy:
+        """Which networks stay loaded."""
+        return self._options.residency
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that a video's bits depend on beside what is asked for."""
+        made_by: list[Any] = [__version__, identity(self.bundle), cpu_name(), instructions()]
+        made_by += [self.engine, engine_spec(self.engine).version()]
+        return hashlib.sha256(repr([*made_by, self._options.threads]).encode()).hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -285,6 +315,9 @@ class Pipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        overlap: int | None = None,
+        freenoise: bool = False,
+        loop: bool = False,
         vae_tiling: bool = False,
         latents_dtype: Precision = "fp32",
         cache: CacheMode | PolicyMaker | None = None,
@@ -294,8 +327,9 @@ class Pipeline:
         resume: ResumePoint | None = None,
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
-        bundle = bundle_at(self.bundle, ShapeChoice(num_frames, height, width))
-        shape, defaults = bundle.shape, bundle.manifest.defaults
+        size = ShapeChoice(num_frames, height, width)
+        bundle, windows = bundle_and_windows(self.bundle, size, overlap=overlap, freenoise=freenoise, loop=loop)
+        shape, defaults = bundle.shape if windows is None else windows.shape, bundle.manifest.defaults
         request = RunRequest(
             prompts=() if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt),
             negative_prompt=negative_prompt,
@@ -318,6 +352,7 @@ class Pipeline:
             cache_speedup=cache_speedup,
             cache_tolerance=cache_tolerance,
             fast=fast,
+            windows=windows,
             resume=resume,
         )
         return bundle, request

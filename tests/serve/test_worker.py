@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cvx_deploy.engines.endable import endable
 from cvx_deploy.errors import OutputError
 from cvx_deploy.media.encoders import VideoFormat
+from cvx_deploy.media.interpolation import Rate
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.serve import worker
 from cvx_deploy.serve.files import Output
@@ -73,7 +74,7 @@ class Gate:
 def test_frames_are_encoded_while_the_next_ones_are_decoded_and_what_goes_wrong_is_told() -> None:
     gate, frames = Gate(), np.zeros((1, 48, 48, 3), np.float32)
     with ThreadPoolExecutor(1) as beside:
-        output = Output(gate, VideoFormat(9, 48, 48, 8), beside)  # type: ignore[arg-type]
+        output = Output(gate, VideoFormat(9, 48, 48, 8), Rate(8, 8), beside)  # type: ignore[arg-type]
         output.add(frames)
         assert gate.taken == 0, "the caller goes on before they are taken"
         gate.open.set()
@@ -88,6 +89,7 @@ class Slow:
     """A pipeline whose engine is in one call for long, and can be ended there, as ONNX Runtime on a CPU can."""
 
     def __init__(self, pipeline: Any) -> None:
+        self.identity = "slow"
         self.bundle, self.engine, self.ended = pipeline.bundle, pipeline.engine, threading.Event()
         pipeline.close()
 

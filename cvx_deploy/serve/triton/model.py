@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.errors import CvxError, MediaError
 from cvx_deploy.media.encoders import VideoFormat
+from cvx_deploy.media.interpolation import Interpolation
 from cvx_deploy.media.read import check_pixels
 from cvx_deploy.media.write import open_writer
 from cvx_deploy.pipeline.events import Event, Frames, Step
@@ -83,7 +84,7 @@ class TritonPythonModel:
         if len(sources) > 1:
             raise ApiError(400, "an image and a video. fix: send one of them.", "invalid_value", "video")
         asked = parsed(Asked, {name: _text(name, value) for name, value in fields.items()}, texts=False)
-        spec = spec_of(asked, self._name, self._pipeline.bundle, next(iter(sources), None), _LIMITS)
+        spec = spec_of(asked, self._name, {self._name: self._pipeline.bundle}, next(iter(sources), None), _LIMITS)
         with tempfile.TemporaryDirectory(prefix="cvx-triton-") as folder:
             try:
                 video = self._written(spec, _kept(sources, Path(folder)), Path(folder) / "video.mp4", sender)
@@ -95,15 +96,17 @@ class TritonPythonModel:
 
     def _written(self, spec: Spec, source: Path | None, path: Path, sender: Any) -> bytes:
         """Write the video, telling of each step, and return its bytes."""
+        between = None if spec.rate.is_kept else Interpolation(spec.rate)
         with (
             closing(self._pipeline.stream(**arguments_of(spec, source))) as happening,
-            open_writer(path, VideoFormat(spec.frames, spec.height, spec.width, spec.fps)) as writer,
+            open_writer(path, VideoFormat(spec.written, spec.height, spec.width, spec.fps)) as writer,
         ):
             for event in happening:
                 if sender.is_cancelled():
                     raise _CancelledError
                 if isinstance(event, Frames):
-                    writer.write(event.frames)
+                    for written in [event.frames] if between is None else between.add(event.frames):
+                        writer.write(written)
                 if told := _told(event, spec):
                     sender.send(pb_utils.InferenceResponse([_tensor("event", json.dumps(told).encode())]))
         return path.read_bytes()
