@@ -19,6 +19,7 @@ ROOMS = (
         "engines",
         "media",
         "pipeline",
+        "longer",
         "exporters",
         "diffusers",
         "parity",

@@ -3,22 +3,25 @@
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
 
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
 from cvx_deploy.engines.registry import ENGINES, engine_spec
-from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
-from cvx_deploy.errors import CvxError
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import LONGEST_PATH, safe
+
+if TYPE_CHECKING:
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.pipeline.pipeline import Pipeline
 
 _DEVICES = "GPUs to spread videos over; two run both branches of guidance of a single one at once. Default: 0."
 
@@ -100,16 +103,12 @@ def devices_of(text: str) -> tuple[int, ...]:
     help="Save a picture of some frames as well.",
 )
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
+@long_options
 @click.option(
-    "--long",
-    "way",
-    type=click.Choice(["chain", "windows"]),
-    help="How a video beyond the bundle's frames is made: clips that go on from each other, or overlapping windows.",
+    "--fps",
+    type=click.IntRange(1, 120),
+    help="Frames a second of the file; those between the model's own are made by optical flow. Default: the model's.",
 )
-@click.option(
-    "--freenoise", is_flag=True, help="For windows: start later frames from the noise of earlier ones, shuffled."
-)
-@click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
@@ -143,8 +142,6 @@ def devices_of(text: str) -> tuple[int, ...]:
 def run(
     path: Path,
     engine: EngineName,
-    steps: int | None,
-    guidance_scale: float | None,
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
@@ -156,10 +153,7 @@ def run(
     frames: int | None,
     height: int | None,
     width: int | None,
-    way: str | None,
-    freenoise: bool,
-    loop: bool,
-    output: str,
+    long: Long,
     progress: Progress,
     **options: Any,
 ) -> Result:
@@ -181,32 +175,46 @@ def run(
     from cvx_deploy.pipeline.shapes import ShapeChoice
     from cvx_deploy.pipeline.windows import bundle_and_windows
 
-    if way == "chain":
-        raise CvxError(f"--long {way} is not there yet", fix="leave it out")
     # One prompt needs each network once: then those of one phase alone are held.
-    residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
-    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
-    _check_engine(engine, how, devices)
+    several = len(options["prompts"]) > 1
+    _check_engine(engine, _engine_options(threads, vram, no_cuda_graphs, resident=several), devices)
     check_combination(_given())
+
+    def opened(bundle: "Bundle", resident: bool) -> "Pipeline":
+        return Pipeline(
+            bundle,
+            engine,
+            _engine_options(threads, vram, no_cuda_graphs, resident=resident),
+            devices=devices or (),
+            check_finite=check_finite,
+            prompt_cache=prompt_cache,
+            progress=progress,
+        )
+
     bundle = open_bundle(path, checkpoint)
     defaults = bundle.manifest.defaults
-    if options["from_latents"] is None:
-        options["steps"] = defaults.steps if steps is None else steps
-        options["guidance_scale"] = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    request = RunRequest(output=output, **options)
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
-    bundle, windows = bundle_and_windows(bundle, wanted, request.from_latents, freenoise=freenoise, loop=loop)
-    request = replace(request, windows=windows)
-    opened = Pipeline(
+    count = long.frames(wanted.frames, bundle.manifest.fps)
+    way = way_of(long, bundle, count, wanted.height, wanted.width)
+    if way == "chain":
+        return chain_result(long, bundle, opened, count, (wanted.height, wanted.width), options, progress)
+    if options["from_latents"] is None:
+        options["steps"] = defaults.steps if options["steps"] is None else options["steps"]
+        if options["guidance_scale"] is None:
+            options["guidance_scale"] = defaults.guidance_scale
+    else:
+        options = {key: value for key, value in options.items() if value is not None}
+    request = RunRequest(**options)
+    bundle, windows = bundle_and_windows(
         bundle,
-        engine,
-        how,
-        devices=devices or (),
-        check_finite=check_finite,
-        prompt_cache=prompt_cache,
-        progress=progress,
+        replace(wanted, frames=count),
+        request.from_latents,
+        overlap=long.overlap,
+        freenoise=long.freenoise,
+        loop=long.loop,
     )
-    with opened as pipeline:
+    request = replace(request, windows=windows)
+    with opened(bundle, several) as pipeline:
         report = pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
@@ -223,11 +231,17 @@ def run(
         "branches_apart": report.branches_apart,
         "shape": str(bundle.shape if windows is None else windows.shape),
         "windows": None if report.windows is None else report.windows.as_json,
+        "fps": report.fps,
+        "interpolated": report.interpolated,
         "engine": engine,
         "precision": bundle.manifest.precision,
         "bundle": str(path),
     }
     return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
+
+
+def _engine_options(threads: int | None, vram: int | None, no_cuda_graphs: bool, *, resident: bool) -> EngineOptions:
+    return EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if resident else "phase")
 
 
 def _given() -> set[str]:

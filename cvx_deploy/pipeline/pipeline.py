@@ -9,6 +9,7 @@
         video.save("circle.mp4")
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -19,13 +20,15 @@ from typing import Any, Final, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy import __version__
+from cvx_deploy.bundle.opened import MANIFEST, Bundle
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import DEFAULT_OPTIONS, EngineName, EngineOptions, Needed
 from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
+from cvx_deploy.files import sha256_of
 from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixels
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
@@ -245,6 +248,22 @@ class Pipeline:
         with self._alone():
             self._closed = True
             self._stack.close()
+
+    def unload(self) -> None:
+        """Free what is loaded; the next call loads it again.
+
+        Raises:
+            CvxError: A run has not ended yet.
+        """
+        with self._alone():
+            self._stack.close()
+            self._opened = None
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that a video's bits depend on beside what is asked for."""
+        made_by = [__version__, sha256_of(self.bundle.path / MANIFEST), self.engine, engine_spec(self.engine).version()]
+        return hashlib.sha256(repr([*made_by, self._options.threads]).encode()).hexdigest()
 
     def __enter__(self) -> Self:
         return self

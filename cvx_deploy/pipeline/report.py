@@ -59,6 +59,8 @@ class RunReport:
         cached_prompts: How many texts' embeddings came from the prompt cache.
         steps: By video, where steps could be forecast.
         windows: By which windows videos were made that are larger than the bundle's shape.
+        fps: Frames a second of the files.
+        interpolated: The numbers of each video's frames that no model made.
         branches_apart: Whether the two branches of guidance ran side by side on two devices.
     """
 
@@ -68,6 +70,8 @@ class RunReport:
     cached_prompts: int = 0
     steps: dict[int, StepsTaken] = field(default_factory=dict)
     windows: Plan | None = None
+    fps: int = 0
+    interpolated: list[int] = field(default_factory=list)
     branches_apart: bool = False
 
     @property

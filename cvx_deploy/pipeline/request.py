@@ -46,6 +46,7 @@ class RunRequest:
         save_latents: Where to keep the finished latents, ``.npy``, float32 (videos, F, C, H, W).
         from_latents: Finished latents to decode; nothing is denoised.
         contact_sheet: Where to put a picture of some frames of each video, ``.png``.
+        fps: Frames a second of the files, those between the model's own by optical flow; None for the model's own.
         each_seed: A seed for every video, in the place of `seed`.
         latents: The noise that each video starts from, float32 (videos, F, C, H, W), in the place of what its seed
             would draw; the shape is the padded one of 1.5 models.
@@ -79,6 +80,7 @@ class RunRequest:
     save_latents: Path | None = None
     from_latents: Path | None = None
     contact_sheet: Path | None = None
+    fps: int | None = None
     each_seed: tuple[int, ...] | None = None
     latents: Pixels | None = None
     prompt_embeds: Pixels | None = None

@@ -7,8 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +18,10 @@ from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.engines.backend import Backend, prefetch
 from cvx_deploy.errors import CvxError, MediaError, PromptError, ShapeError
 from cvx_deploy.files import staged_file
-from cvx_deploy.media.contact_sheet import ContactSheet
 from cvx_deploy.media.encoders import VideoFormat
-from cvx_deploy.media.write import check_file_place, check_writable, open_writer
+from cvx_deploy.media.film import Film
+from cvx_deploy.media.interpolation import check_rate
+from cvx_deploy.media.write import check_file_place, check_writable
 from cvx_deploy.pipeline.branches import denoisers
 from cvx_deploy.pipeline.caching import policy_for
 from cvx_deploy.pipeline.coding import decoded, encoded, source_pixels
@@ -69,51 +69,31 @@ def run(
     networks_needed(backend.bundle, request)
     videos = _video_count(request)
     check_writable(output, videos)
+    check_rate(backend.bundle.manifest.fps, request.fps)
     for place in filter(None, (request.save_latents, request.contact_sheet)):
         check_file_place(place)
     with ExitStack() as stack:
         happening = stack.enter_context(closing(events(backend, request, progress, report, others, prompt_cache)))
-        files: _Files | None = None
+        film: Film | None = None
         for event in happening:
             watch(event)
             if isinstance(event, Denoised):
                 if request.save_latents is not None:
                     _write_latents(request.save_latents, event.latents)
-                files = stack.enter_context(_Files(backend.bundle, request, output, len(event.latents), report))
-            elif isinstance(event, Frames) and files is not None:
-                files.add(event.frames)
+                form = video_format(backend.bundle, request, len(event.latents))
+                film = stack.enter_context(Film(output, form, request.fps, request.contact_sheet))
+            elif isinstance(event, Frames) and film is not None:
+                with report.stage("write video"):
+                    film.add(event.frames)
+    if film is not None:
+        report.paths, report.fps, report.interpolated = list(film.paths), film.form.fps, film.interpolated
     return report
 
 
-class _Files:
-    """What a run writes of its frames: the videos, and their contact sheet once all is well."""
-
-    def __init__(self, bundle: Bundle, request: RunRequest, output: Path | str, videos: int, report: RunReport) -> None:
-        self._request, self._report = request, report
-        shape = bundle.shape if request.windows is None else request.windows.shape
-        video = VideoFormat(shape.frames, shape.height, shape.width, bundle.manifest.fps, videos=videos)
-        self._sheet = ContactSheet(video) if request.contact_sheet is not None else None
-        self._writer = open_writer(output, video)
-
-    def __enter__(self) -> Self:
-        self._writer.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
-        if kind is None:
-            self._report.paths = list(self._writer.paths)
-            if self._sheet is not None and self._request.contact_sheet is not None:
-                self._sheet.save(self._request.contact_sheet)
-
-    def add(self, frames: NDArray[np.float32]) -> None:
-        """Write the next frames."""
-        with self._report.stage("write video"):
-            self._writer.write(frames)
-            if self._sheet is not None:
-                self._sheet.add(frames)
+def video_format(bundle: Bundle, request: RunRequest, videos: int) -> VideoFormat:
+    """Return what a run's finished videos are."""
+    shape = bundle.shape if request.windows is None else request.windows.shape
+    return VideoFormat(shape.frames, shape.height, shape.width, bundle.manifest.fps, videos=videos)
 
 
 def events(
