@@ -38,8 +38,6 @@ class Long:
     script: Path | None = None
     image_model: str | None = None
     free_colours: bool = False
-    freenoise: bool = False
-    loop: bool = False
 
     def frames(self, frames: int | None, fps: int) -> int | None:
         """Return how long the video is to be; None where it is not said."""
@@ -84,8 +82,6 @@ def long_options(command: Command) -> Command:
     @click.option(
         "--free-colours", is_flag=True, help="Let brightness and colour of a chain move away from its first clip's."
     )
-    @click.option("--freenoise", is_flag=True, help="Let later windows start from the noise of earlier ones, shuffled.")
-    @click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
     @functools.wraps(command)
     def given(
         *,
@@ -95,42 +91,39 @@ def long_options(command: Command) -> Command:
         script: Path | None,
         image_model: str | None,
         free_colours: bool,
-        freenoise: bool,
-        loop: bool,
         **options: Any,
     ) -> Any:
-        long = Long(way, seconds, overlap, script, image_model, free_colours, freenoise, loop)
-        return command(long=long, **options)
+        return command(long=Long(way, seconds, overlap, script, image_model, free_colours), **options)
 
     return given
 
 
-def way_of(long: Long, bundle: "Bundle", frames: int | None, height: int | None, width: int | None) -> Way | None:
-    """Return how a video is made; None where the bundle makes it as it is.
+def way_of(
+    long: Long, bundle: "Bundle", frames: int | None, height: int | None, width: int | None, *, windows: bool
+) -> Way | None:
+    """Return how a video is made; None where nothing says that a chain or windows make it.
 
     Args:
         long: What is asked for.
         bundle: What makes it, or the first clip of it.
         frames: How many are asked for, if it is said.
         height: In pixels, if it is said; `width` likewise.
+        windows: Whether there is an option that is of windows alone.
 
     Raises:
         PromptError: An option means nothing for that way.
     """
     longest = max((shape.frames for shape in _shapes(bundle, height, width)), default=0)
-    beyond = frames is not None and frames > longest > 0
-    way = long.way
-    if way is None and (long.freenoise or long.loop or not longest):
-        way = "windows"
+    beyond = frames is not None and frames > longest
+    way = long.way or ("windows" if windows or not longest else None)
     if way is None and (long.script is not None or long.seconds is not None or beyond):
         at_hand = image_bundle(long, bundle) is not None
         way = "chain" if at_hand or long.script is not None or not beyond else "windows"
+    if way == "chain" and windows:
+        raise PromptError("--loop and --freenoise are of windows", fix="leave them out, or use --long windows")
     for name, word in (("script", "--script"), ("image_model", "--image-model"), ("free_colours", "--free-colours")):
         if way != "chain" and getattr(long, name):
             raise PromptError(f"{word} is of a chain of clips", fix=f"add --long chain, or leave {word} out")
-    for name in ("freenoise", "loop"):
-        if way == "chain" and getattr(long, name):
-            raise PromptError(f"--{name} is of windows, and not of a chain", fix=f"leave --{name} or --long chain out")
     return way
 
 

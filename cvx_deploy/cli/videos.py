@@ -12,7 +12,8 @@ from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
@@ -110,11 +111,16 @@ def devices_of(text: str) -> tuple[int, ...]:
     help="Frames a second of the file; those between the model's own are made by optical flow. Default: the model's.",
 )
 @click.option(
+    "--freenoise", is_flag=True, help="For windows: start later frames from the noise of earlier ones, shuffled."
+)
+@click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
+@click.option(
     "--engine",
-    type=click.Choice(ENGINES),
-    default="onnxruntime",
+    type=click.Choice(CHOICES),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks. The tensorrt engines need cvx-deploy build first.",
+    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
+    "cvx-deploy build first.",
 )
 @click.option(
     "--threads",
@@ -123,6 +129,12 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@click.option(
+    "--ram",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory that an engine on a CPU may use, mapped weights left out. Default: all that this process may have.",
+)
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
 )
@@ -145,6 +157,7 @@ def run(
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
+    ram: int | None,
     no_cuda_graphs: bool,
     prompt_cache: Path | None,
     check_finite: bool,
@@ -154,6 +167,8 @@ def run(
     height: int | None,
     width: int | None,
     long: Long,
+    freenoise: bool,
+    loop: bool,
     progress: Progress,
     **options: Any,
 ) -> Result:
@@ -177,14 +192,15 @@ def run(
 
     # One prompt needs each network once: then those of one phase alone are held.
     several = len(options["prompts"]) > 1
-    _check_engine(engine, _engine_options(threads, vram, no_cuda_graphs, resident=several), devices)
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if several else "phase", ram)
+    _check_engine(engine, how, devices)
     check_combination(_given())
 
     def opened(bundle: "Bundle", resident: bool) -> "Pipeline":
         return Pipeline(
             bundle,
             engine,
-            _engine_options(threads, vram, no_cuda_graphs, resident=resident),
+            replace(how, residency="resident" if resident else "phase"),
             devices=devices or (),
             check_finite=check_finite,
             prompt_cache=prompt_cache,
@@ -195,7 +211,7 @@ def run(
     defaults = bundle.manifest.defaults
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     count = long.frames(wanted.frames, bundle.manifest.fps)
-    way = way_of(long, bundle, count, wanted.height, wanted.width)
+    way = way_of(long, bundle, count, wanted.height, wanted.width, windows=freenoise or loop)
     if way == "chain":
         return chain_result(long, bundle, opened, count, (wanted.height, wanted.width), options, progress)
     if options["from_latents"] is None:
@@ -210,12 +226,12 @@ def run(
         replace(wanted, frames=count),
         request.from_latents,
         overlap=long.overlap,
-        freenoise=long.freenoise,
-        loop=long.loop,
+        freenoise=freenoise,
+        loop=loop,
     )
     request = replace(request, windows=windows)
     with opened(bundle, several) as pipeline:
-        report = pipeline.run(request)
+        engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
     if report.branches_apart:
@@ -229,19 +245,15 @@ def run(
         "cached_prompts": report.cached_prompts,
         "steps": [asdict(report.steps[video]) for video in sorted(report.steps)],
         "branches_apart": report.branches_apart,
-        "shape": str(bundle.shape if windows is None else windows.shape),
-        "windows": None if report.windows is None else report.windows.as_json,
         "fps": report.fps,
         "interpolated": report.interpolated,
+        "shape": str(bundle.shape if windows is None else windows.shape),
+        "windows": None if report.windows is None else report.windows.as_json,
         "engine": engine,
         "precision": bundle.manifest.precision,
         "bundle": str(path),
     }
     return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
-
-
-def _engine_options(threads: int | None, vram: int | None, no_cuda_graphs: bool, *, resident: bool) -> EngineOptions:
-    return EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if resident else "phase")
 
 
 def _given() -> set[str]:
@@ -252,12 +264,20 @@ def _given() -> set[str]:
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
     """Refuse options that mean nothing to an engine."""
+    if engine == AUTO:
+        return
     given = options.given() | ({"device"} if devices is not None else set())
     for name in sorted(given & set(_FLAGS) - engine_spec(engine).takes):
         raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")
 
 
-_FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
+_FLAGS = {
+    "threads": "--threads",
+    "device": "--devices",
+    "vram": "--vram",
+    "ram": "--ram",
+    "cuda_graphs": "--no-cuda-graphs",
+}
 
 
 def _time_table(stages: dict[str, float]) -> list[str]:

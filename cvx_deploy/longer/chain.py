@@ -43,7 +43,7 @@ class Chain:
     """Two pipelines that make one long video.
 
     Attributes:
-        first: Makes the first clip. Its networks go before the second clip where it is not `then` itself.
+        first: Makes the first clip. Where it holds those of one phase only, its networks go before the second clip.
         then: Makes each that follows, from an image; None where one clip is enough.
 
     Raises:
@@ -157,7 +157,7 @@ class Chain:
             happening = self._of_first(clip, wanted)
         else:
             assert self.then is not None
-            if self.first is not self.then:
+            if self.first is not self.then and self.first.residency == "phase":
                 self.first.unload()
             words = {key: value for key, value in wanted.items() if key not in OF_THE_FIRST}
             happening = self.then.stream(clip.prompt, seed=clip.seed, image=tail[0], **words)

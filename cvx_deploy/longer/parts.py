@@ -34,14 +34,18 @@ class Parts:
     """
 
     def __init__(self, output: Path | str, mark: str) -> None:
-        place = Path(os.path.realpath(output))
-        self.folder = place.with_name(f"{place.name}.clips")
-        self._mark = mark
+        self.folder, self._mark = self.place(output), mark
         if os.path.lexists(self.folder) and self._kept_mark() != mark:
             raise OutputError(
                 f"{self.folder} holds clips of another run that was cut off",
                 fix="run that one again to its end, remove the folder, or choose another --output",
             )
+
+    @staticmethod
+    def place(output: Path | str) -> Path:
+        """Return the folder of a video's clips."""
+        place = Path(os.path.realpath(output))
+        return place.with_name(f"{place.name}.clips")
 
     def kept(self, most: int) -> list[Pixels]:
         """Return the first clips, as many as are there without a gap, `most` at the most.

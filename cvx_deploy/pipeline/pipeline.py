@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.engines.auto import AUTO, chosen
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
 from cvx_deploy.engines.residency import Policy
@@ -33,6 +34,7 @@ from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixel
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
 from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
+from cvx_deploy.pipeline.host_memory import obstacle, policy_within
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
@@ -67,7 +69,7 @@ class Pipeline:
 
     Args:
         bundle: What to run, seen at one of its shapes.
-        engine: What runs it.
+        engine: What runs it; ``auto`` finds the fastest, see `cvx_deploy.engines.auto`.
         options: How.
         devices: Which GPUs; several share out the videos of a call, and two the branches of guidance where there is one
             video. An engine for CPUs has one.
@@ -82,7 +84,7 @@ class Pipeline:
     def __init__(
         self,
         bundle: Bundle,
-        engine: EngineName = "onnxruntime",
+        engine: EngineName = AUTO,
         options: EngineOptions = DEFAULT_OPTIONS,
         *,
         devices: Sequence[int] = (),
@@ -90,13 +92,24 @@ class Pipeline:
         prompt_cache: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
+        progress = progress or SilentProgress()
+        usual = _usual(bundle)
+        engine = chosen(
+            engine,
+            bundle,
+            options,
+            usual,
+            devices=devices,
+            fits=lambda name: obstacle(bundle, name, options, usual),
+            progress=progress,
+        )
         spec = engine_spec(engine)
         if devices and "device" not in spec.takes:
             raise EngineError(f"devices means nothing to the engine {engine}", fix="leave devices out")
         spec.check(options)
         self.bundle, self.engine = bundle, engine
         self._options, self._devices, self._check_finite = options, tuple(devices), check_finite
-        self._progress = progress or SilentProgress()
+        self._progress = progress
         self._cache: PromptCache | None = None
         if prompt_cache is not None:
             self._cache = PromptCache(prompt_cache, bundle, engine, spec.version(), self._progress)
@@ -111,7 +124,7 @@ class Pipeline:
         cls,
         path: Path | str,
         *,
-        engine: EngineName = "onnxruntime",
+        engine: EngineName = AUTO,
         shape: Shape | str | None = None,
         checkpoint: Path | str | None = None,
         devices: Sequence[int] = (),
@@ -119,6 +132,7 @@ class Pipeline:
         vram: int | None = None,
         cuda_graphs: bool = True,
         residency: Policy = "resident",
+        ram: int | None = None,
         check_finite: bool = False,
         prompt_cache: Path | str | None = None,
         progress: Progress | None = None,
@@ -127,7 +141,7 @@ class Pipeline:
 
         Args:
             path: Its folder.
-            engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt or tensorrt-rtx.
+            engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt, tensorrt-rtx, or auto: the fastest there is.
             shape: Which of the bundle's video sizes, such as ``"49x480x720"``; None for its first.
             checkpoint: Where the bundle's weights have moved to.
             devices: Which GPUs; several share out the videos of a call, or the branches of guidance of a single one.
@@ -135,6 +149,8 @@ class Pipeline:
             vram: Bytes of device memory that compiled engines may use.
             cuda_graphs: Whether compiled engines are launched as CUDA graphs.
             residency: ``resident`` keeps all networks loaded, ``phase`` those of one phase of a call.
+            ram: Bytes of this machine's memory that an engine on a CPU may use, mapped weights left out; None for all
+                that this process may have. Where not all networks fit at once, those of one phase are held.
             check_finite: Whether every output is searched for NaN and infinity, which is slow.
             prompt_cache: A folder in which prompts' embeddings are kept.
             progress: Told what goes on; `cvx_deploy.progress.RichProgress` shows bars.
@@ -152,7 +168,7 @@ class Pipeline:
         return cls(
             bundle,
             engine,
-            EngineOptions(threads=threads, vram=vram, cuda_graphs=cuda_graphs, residency=residency),
+            EngineOptions(threads=threads, vram=vram, cuda_graphs=cuda_graphs, residency=residency, ram=ram),
             devices=devices,
             check_finite=check_finite,
             prompt_cache=None if prompt_cache is None else Path(prompt_cache),
@@ -260,6 +276,11 @@ class Pipeline:
             self._opened = None
 
     @property
+    def residency(self) -> Policy:
+        """Which networks stay loaded."""
+        return self._options.residency
+
+    @property
     def identity(self) -> str:
         """A hash of all that a video's bits depend on beside what is asked for."""
         made_by = [__version__, sha256_of(self.bundle.path / MANIFEST), self.engine, engine_spec(self.engine).version()]
@@ -360,23 +381,32 @@ class Pipeline:
                 self._stack.close()
                 self._opened = None
                 needed = networks_needed(bundle, request, self._cache, len(self._devices))
+                policy = policy_within(bundle, self.engine, self._options, request, needed, self._progress)
+                options = replace(self._options, residency=policy)
                 with ExitStack() as stack:
                     self._backends = tuple(
-                        stack.enter_context(self._open(bundle, device, needed)) for device in self._devices or (0,)
+                        stack.enter_context(self._open(bundle, replace(options, device=device), needed))
+                        for device in self._devices or (0,)
                     )
                     self._stack = stack.pop_all()
                 self._opened = bundle
             yield self._backends
 
-    def _open(self, bundle: Bundle, device: int, needed: Needed) -> AbstractContextManager[Backend]:
+    def _open(self, bundle: Bundle, options: EngineOptions, needed: Needed) -> AbstractContextManager[Backend]:
         return open_backend(
             self.engine,
             bundle,
-            replace(self._options, device=device),
+            options,
             needed=needed,
             check_finite=self._check_finite,
             progress=self._progress,
         )
+
+
+def _usual(bundle: Bundle) -> Needed:
+    """Return what the bundle's usual run loads."""
+    usual = RunRequest(prompts=("",), guidance_scale=bundle.manifest.defaults.guidance_scale)
+    return networks_needed(bundle, usual)
 
 
 def _seeds(generator: Seed | Sequence[Seed]) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ def run(
 
 
 def video_format(bundle: Bundle, request: RunRequest, videos: int) -> VideoFormat:
-    """Return what a run's finished videos are."""
+    """Return what finished videos are."""
     shape = bundle.shape if request.windows is None else request.windows.shape
     return VideoFormat(shape.frames, shape.height, shape.width, bundle.manifest.fps, videos=videos)
 

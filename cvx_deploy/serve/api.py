@@ -20,7 +20,7 @@ from cvx_deploy.serve.guard import Guard
 from cvx_deploy.serve.jobs import ENDED, Job
 from cvx_deploy.serve.keys import KeyRing
 from cvx_deploy.serve.metrics import Metrics
-from cvx_deploy.serve.schemas import Asked, Edited, Remixed, parsed
+from cvx_deploy.serve.schemas import Asked, Edited, Extended, Remixed, parsed
 from cvx_deploy.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
@@ -117,9 +117,13 @@ async def edit(request: Request, service: Serves, owner: Owner) -> JSONResponse:
 
 
 @router.post("/videos/extensions")
-async def extend(owner: Owner) -> JSONResponse:
-    """Say that this is not made here."""
-    raise ApiError(400, "videos cannot be extended here. fix: ask for a longer one.", "unsupported")
+async def extend(request: Request, service: Serves, owner: Owner) -> JSONResponse:
+    """Continue one of the client's own videos."""
+    _check_open(request)
+    body = await body_of(request, {})
+    more = parsed(Extended, body.fields, texts=body.texts)
+    job = await run_in_threadpool(service.extend, owner, more, request.headers.get("idempotency-key"))
+    return JSONResponse(await run_in_threadpool(service.shown, job), headers=_POLL)
 
 
 @router.get("/videos")
