@@ -44,6 +44,7 @@ COMMANDS = [
     "pack",
     "unpack",
     "serve",
+    "triton",
     "batch",
     "completion",
 ]
@@ -391,6 +392,8 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
         "cached_prompts": 0,
         "steps": [],
         "branches_apart": False,
+        "fps": 8,
+        "interpolated": [],
         "shape": "9x80x112",
         "engine": "onnxruntime",
         "precision": "fp32",

@@ -32,7 +32,10 @@ EXPORT_SIDE = [
     if "TID253" in rules
 ]
 FILES = sorted(file for file in (ROOT / "cvx_deploy").rglob("*.py") if file.name != "__main__.py")
-RUNTIME_FILES = [file for file in FILES if not any(file.is_relative_to(folder) for folder in EXPORT_SIDE)]
+IN_TRITON = ROOT / "cvx_deploy" / "serve" / "triton" / "model.py"  # imports what there is in Triton's processes only
+RUNTIME_FILES = [
+    file for file in FILES if file != IN_TRITON and not any(file.is_relative_to(folder) for folder in EXPORT_SIDE)
+]
 BUILD_FILES = [file for file in FILES if file.parent.name == "tensorrt"]
 GRAPH_FILES = [file for file in FILES if file.parent.name == "graph"]
 

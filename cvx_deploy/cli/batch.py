@@ -8,7 +8,8 @@ import click
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import ENGINES_DIR, RAY, Result, bytes_of, need_extra, plain_name, reporting
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES, chosen
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.progress import Progress
@@ -34,7 +35,7 @@ _MOST_WORKERS = 4096
     help="A bundle of the engines folder, or a miniature.",
 )
 @ENGINES_DIR
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs it.")
+@click.option("--engine", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="What runs it.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads of a worker. Default: all cores.")
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
 @RAY
@@ -75,10 +76,11 @@ def batch(
     if workers is not None and ray_address is None:
         raise click.UsageError("--workers means nothing without --ray")
     options = EngineOptions(threads=threads, vram=vram)
-    engine_spec(engine).check(options)
     if ray_address is not None:
         need_extra("ray", "ray", "pyarrow", "pandas")
     bundle = Bundle.open(bundle_folder(model, engines_dir))
+    engine = chosen(engine, bundle, options, progress=progress)
+    engine_spec(engine).check(options)
     tasks = tasks_of(prompts, bundle, f"{identity(bundle)} {engine}")
     if ray_address is not None:
         values = _through_ray(ray_address, workers, bundle, engine, options, (tasks, output, progress))

@@ -43,6 +43,7 @@ _MAKING = {
     "bench",
     "pack",
     "unpack",
+    "triton",
 }
 """The commands whose result lies in files, and on stdout is told of only."""
 

@@ -11,7 +11,8 @@ from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import ENGINES_DIR, RAY, Result, bytes_of, need_extra, plain_name, reporting
 from cvx_deploy.cli.videos import devices_of
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES, chosen
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import bundle_folder
@@ -38,7 +39,7 @@ def _plain_names(context: click.Context, parameter: click.Parameter, names: tupl
     help="A bundle of the engines folder, or a miniature; again for more. The first is what clients get by default.",
 )
 @ENGINES_DIR
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs them.")
+@click.option("--engine", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="What runs them.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads a worker. Default: its share.")
 @click.option("--devices", type=devices_of, metavar="N[,N]", help="GPUs, one worker each. Default: 0.")
 @click.option(
@@ -108,7 +109,7 @@ def serve(
     from cvx_deploy.serve.server import serve as serve_until_ended
 
     if ray_address is None:
-        counts = serve_until_ended(_settings(api_keys=api_keys, **options), progress)
+        counts = serve_until_ended(_settings(api_keys=api_keys, progress=progress, **options), progress)
     else:
         counts = _through_ray(ray_address, progress, api_keys=api_keys, **options)
     return {"jobs": counts}, ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -120,8 +121,8 @@ def _through_ray(address: str, progress: Progress, **options: Any) -> dict[str, 
 
     if options["devices"] is not None:
         raise click.UsageError("--devices means nothing with --ray, which gives every worker a GPU; use --workers")
-    on_gpu = engine_spec(options["engine"]).on_gpu
-    settings = _settings(**options | {"workers": None}, elsewhere=True)
+    settings = _settings(**options | {"workers": None}, progress=progress, elsewhere=True)
+    on_gpu = engine_spec(settings.engine).on_gpu
     with joined(address) as cluster:
         from cvx_deploy.cluster.bundles import Known
         from cvx_deploy.cluster.source import source_of
@@ -148,11 +149,15 @@ def _settings(
     jobs_per_key: int,
     retention: float,
     no_auth: bool,
+    progress: Progress,
     **options: Any,
 ) -> Any:
     from cvx_deploy.bundle.opened import Bundle
     from cvx_deploy.serve.settings import Limits, ServeSettings
 
+    bundles = {name: Bundle.open(bundle_folder(name, engines_dir)) for name in models}
+    how = EngineOptions(threads=threads, vram=vram)
+    engine = chosen(engine, bundles[models[0]], how, devices=devices or (), progress=progress)
     on_gpu = engine_spec(engine).on_gpu
     if devices is not None and not on_gpu:
         raise click.UsageError(f"--devices means nothing to --engine {engine}; use --workers")
@@ -161,9 +166,9 @@ def _settings(
     if workers is not None and workers > (os.cpu_count() or 1) and threads is None:
         raise CvxError(f"{workers} workers on {os.cpu_count()} cores", fix="use fewer --workers, or say --threads 1")
     return ServeSettings(
-        {name: Bundle.open(bundle_folder(name, engines_dir)) for name in models},
+        bundles,
         engine=engine,
-        options=EngineOptions(threads=threads, vram=vram),
+        options=how,
         devices=devices or tuple(range(workers or 1)),
         open_to_all=no_auth,
         retention=retention * 3600,

@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from cvx_deploy import __version__
 from cvx_deploy.cluster.bundles import Known
 from cvx_deploy.files import staged_file
-from cvx_deploy.serve.files import VARIANTS
+from cvx_deploy.serve.files import SOURCES, VARIANTS
 from cvx_deploy.serve.node import Files, NodeWorker
 from cvx_deploy.serve.process import GoneError, Word
 from cvx_deploy.serve.settings import ServeSettings
@@ -62,8 +62,8 @@ class RayWorker:
         if "job" in words:
             self._folder = Path(words["folder"])
             files = {path.name: path.read_bytes() for path in self._folder.glob(_POINTS)}
-            if (source := self._folder / "source.npy").exists():
-                files[source.name] = source.read_bytes()
+            sources = [path for name in SOURCES if (path := self._folder / name).exists()]
+            files |= {path.name: path.read_bytes() for path in sources}
         self._actor.say.options(concurrency_group="saying").remote(words, files)
 
     def heard(self, seconds: float) -> Word | None:

@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ def serve(settings: ServeSettings, progress: Progress, hire: Callable[[int], Emp
         CvxError: The folder, the port or the keys cannot be used, or the workers cannot come up.
     """
     keys = None if settings.api_keys is None else KeyRing(settings.api_keys)
-    with _alone(settings.data), _listening(settings.host, settings.port) as listener:
+    new = not settings.data.exists()
+    with _listening(settings.host, settings.port) as listener, _alone(settings.data):
         store = JobStore(settings.data / "jobs.sqlite", settings.retention)
         sweep_orphans(store, settings.data)
         if waiting := store.recover():
@@ -84,6 +86,8 @@ def serve(settings: ServeSettings, progress: Progress, hire: Callable[[int], Emp
             counts = store.counts()
             store.close()
         if failures:
+            if new and not any(counts.values()):
+                shutil.rmtree(settings.data, ignore_errors=True)
             raise failures[0]
         return counts
 

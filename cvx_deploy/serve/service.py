@@ -21,14 +21,15 @@ from cvx_deploy.serve.faults import ApiError
 from cvx_deploy.serve.files import VARIANTS, JobFiles, Variant
 from cvx_deploy.serve.hub import Hub
 from cvx_deploy.serve.jobs import ENDED, FullError, Job, JobStore, New, Source, Spec, new_id
-from cvx_deploy.serve.schemas import Asked, Remixed, seconds_of, video_object
+from cvx_deploy.serve.schemas import Asked, Extended, Remixed, seconds_of, video_object
 from cvx_deploy.serve.settings import ServeSettings
-from cvx_deploy.serve.specs import size_of, spec_of, stating
+from cvx_deploy.serve.specs import Continued, goes_on, size_of, spec_of, stating
 from cvx_deploy.serve.supervisor import Supervisor
 
 _ROOM = 1 << 28  # bytes that have to be free where videos are written
 _LONGEST_KEY = 255
 _LONGEST_WAIT = 3600
+_SHORTEST_POLL, _LONGEST_POLL = 0.5, 10.0  # seconds between two looks at a job
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Service:
         idempotency: str | None,
         remixed_from: Job | None = None,
         source_job: Job | None = None,
+        extended: Job | None = None,
     ) -> Job:
         """Put a video into the queue.
 
@@ -64,28 +66,35 @@ class Service:
             idempotency: A word of the client; asked under it again, the same job is returned.
             remixed_from: The job that this one repeats with another prompt, from the same source.
             source_job: A completed job whose video this one starts from.
+            extended: A completed job whose video comes first, and is continued.
 
         Raises:
             ApiError: It cannot be made, or not now.
         """
-        digest = _digest(asked, upload, remixed_from, source_job)
+        digest = _digest(asked, upload, remixed_from, source_job, extended)
         _check_idempotency(idempotency)
         if idempotency is not None and (there := self.store.repeated(owner, idempotency)) is not None:
             return _the_same(there, digest)
         if free_space(self.settings.data) < _ROOM:
             raise ApiError(503, "the disk for videos is full. fix: delete some, or come again later.", "disk_full")
         name, bundle = self._named(asked.model)
+        continued = None
         source: Source | None = None if upload is None else upload.kind
         if source_job is not None:
             source = "video"
         elif remixed_from is not None:
             source = remixed_from.spec.source
-        spec = spec_of(asked, name, bundle, source, self.settings.limits)
+        elif extended is not None:
+            source, continued = "extension", _continued(extended.spec)
+        spec = spec_of(asked, name, self.settings.models, source, self.settings.limits, continued)
         identifier = new_id()
         files = self.files(identifier)
         try:
             with stating():
-                self._keep_source(files, spec, bundle, upload, remixed_from, source_job)
+                if extended is not None:
+                    files.keep_video(self.files(extended.id))
+                else:
+                    self._keep_source(files, spec, bundle, upload, remixed_from, source_job)
             job = self._added(
                 New(
                     id=identifier,
@@ -120,6 +129,12 @@ class Service:
         """Return a job as clients see it."""
         ahead = self.store.ahead(job) if job.status == "queued" else None
         return video_object(job, self.hub.progress(job.id, job.progress), ahead)
+
+    def poll_after(self, job: Job) -> int:
+        """Return the milliseconds after which it makes sense to look at a job again: not before its turn may come."""
+        turns = self.store.ahead(job) / len(self.settings.devices) if job.status == "queued" else 0.0
+        wait = turns * self.store.mean_seconds() if turns else 0.0
+        return round(1000 * min(max(wait, _SHORTEST_POLL), _LONGEST_POLL))
 
     def page(self, owner: str, after: str | None, limit: int, *, ascending: bool) -> dict[str, Any]:
         """Return some of an owner's jobs."""
@@ -162,6 +177,9 @@ class Service:
         """Make a video again from the same source with another prompt, of the same seed unless one is given."""
         job = self.find(owner, identifier)
         spec = job.spec
+        if spec.source == "extension":
+            message = "an extension is not remixed. fix: extend the video that it continues again."
+            raise ApiError(400, message, "unsupported")
         asked = Asked(
             prompt=remixed.prompt,
             model=spec.model,
@@ -176,6 +194,31 @@ class Service:
             cache=spec.cache,
         )
         return self.create(owner, asked, None, idempotency, remixed_from=job)
+
+    def extend(self, owner: str, more: Extended, idempotency: str | None) -> Job:
+        """Continue a completed video of the owner's; what is made begins with it.
+
+        Raises:
+            ApiError: There is no such video, or nothing that goes on from it.
+        """
+        identifier = (more.video or {}).get("id")
+        if identifier is None:
+            message = 'video is missing. fix: name one of yours, {"id": ...}; files are not extended.'
+            raise ApiError(400, message, "invalid_value", "video")
+        job = self.find(owner, identifier)
+        self.content(owner, identifier, "video")
+        spec = job.spec
+        asked = Asked(
+            prompt=more.prompt,
+            model=spec.model,
+            seconds=more.seconds,
+            fps=spec.fps,
+            negative_prompt=more.negative_prompt,
+            num_inference_steps=more.num_inference_steps,
+            guidance_scale=more.guidance_scale,
+            seed=more.seed,
+        )
+        return self.create(owner, asked, None, idempotency, extended=job)
 
     def content(self, owner: str, identifier: str, variant: Variant) -> tuple[Path, str]:
         """Return the file and the type of what a job has made.
@@ -204,6 +247,7 @@ class Service:
                 "created": 0,
                 "owned_by": "cvx-deploy",
                 "task": bundle.manifest.traits.task,
+                "source": source_of(bundle),
                 "sizes": [
                     {
                         "size": size_of(shape),
@@ -213,6 +257,7 @@ class Service:
                     }
                     for shape in bundle.shapes
                 ],
+                "image_model": goes_on(name, self.settings.models),
                 "defaults": msgspec.to_builtins(bundle.manifest.defaults),
             }
             for name, bundle in self.settings.models.items()
@@ -271,6 +316,17 @@ class Service:
     def _clip(self, path: Path, spec: Spec) -> NDArray[np.uint8]:
         with self._decoding:
             return _bytes_of(load_video(path, spec.frames, spec.height, spec.width).pixels)
+
+
+def source_of(bundle: Bundle) -> Source | None:
+    """Return what a bundle's videos start from, or can, beside their prompt."""
+    if bundle.manifest.traits.task == "image-to-video":
+        return "image"
+    return "video" if bundle.has("vae_encoder") else None
+
+
+def _continued(spec: Spec) -> Continued:
+    return Continued(spec.written, spec.fps, f"{spec.width}x{spec.height}")
 
 
 def _check_idempotency(key: str | None) -> None:

@@ -21,6 +21,7 @@ class Limits:
         body: Bytes of a request.
         image_pixels: Pixels of an image, or of one frame of a clip, that is sent.
         steps: Denoising steps.
+        frames: Frames of a long video, which is made by chaining.
         queue: Jobs that wait, of all keys.
         jobs_per_key: Jobs of one key that wait or run.
     """
@@ -29,6 +30,7 @@ class Limits:
     body: int = 32 << 20
     image_pixels: int = 1 << 25
     steps: int = 500
+    frames: int = 1_000
     queue: int = 1_000
     jobs_per_key: int = 100
 

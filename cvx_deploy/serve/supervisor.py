@@ -65,7 +65,7 @@ class Slot:
                 pause = 0.5
                 self._work()
             except GoneError as error:
-                if not self._crew.stopping:
+                if not (self._crew.stopping or self._crew.given_up):
                     self._crew.progress.note(f"note: worker {self._number} {safe(error)}; it is started anew")
             finally:
                 self._bury()
@@ -193,7 +193,7 @@ class Supervisor:
         hire: Callable[[int], Employed] | None = None,
     ) -> None:
         self.store, self.hub, self.progress = store, hub, progress
-        self.stopping = False
+        self.stopping = self.given_up = False
         self._settings, self._on_broken = settings, on_broken
         self.hire = hire or (lambda number: WorkerProcess(settings.for_worker(number)))
         self._was_ready = False
@@ -275,4 +275,5 @@ class Supervisor:
     def broken(self, slot: Slot) -> None:
         """Note that a worker cannot come up; where none ever has, the server ends with the reason."""
         if not self._was_ready and slot.trouble is not None:
+            self.given_up = True
             self._on_broken(slot.trouble)
