@@ -77,7 +77,7 @@ def batch(
         raise click.UsageError("--workers means nothing without --ray")
     options = EngineOptions(threads=threads, vram=vram)
     if ray_address is not None:
-        need_extra("ray", "ray", "pyarrow", "pandas")
+        need_extra("ray", "ray")
     bundle = Bundle.open(bundle_folder(model, engines_dir))
     engine = chosen(engine, bundle, options, progress=progress)
     engine_spec(engine).check(options)
@@ -100,15 +100,13 @@ def _through_ray(
     tasks, output, progress = work
     on_gpu = engine_spec(engine).on_gpu
     with joined(address) as cluster:
-        from cvx_deploy.batch.pool import Attempts, Pool, spread
-        from cvx_deploy.cluster.source import actor_here, source_of
+        from cvx_deploy.batch.pool import Pool, spread
+        from cvx_deploy.cluster.source import source_of
 
         count, cpus = cluster.workers(on_gpu=on_gpu, workers=workers, threads=options.threads)
         known = Known.of(bundle)
         with source_of([known]) as source:
-            pool = Pool(
-                known, source, actor_here(Attempts), engine, None if on_gpu else cpus, options.vram, count, cpus
-            )
+            pool = Pool(known, source, engine, None if on_gpu else cpus, options.vram, count, cpus)
             return batch_of(tasks, output, spread(pool), progress)
 
 

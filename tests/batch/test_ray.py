@@ -1,4 +1,4 @@
-"""A batch through Ray Data, with one of the cluster's nodes killed in its middle."""
+"""A batch through Ray, with one of the cluster's nodes killed in its middle."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def at_work(nodes: Nodes) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(nodes.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "MapWorker(Map(Maker)).submit" in " ".join(process.cmdline()):
+            if "ray::Maker.make" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
