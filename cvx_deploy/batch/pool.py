@@ -1,6 +1,7 @@
 """A batch on the nodes of a Ray cluster: an actor for each worker, whose files come back to this machine.
 
-Not with Ray Data, whose pool of actors once waited for what a dead node had begun until it was ended, and which brings 250 MB along.
+Not with Ray Data, whose pool of actors once waited without end for what a dead node had begun, and which brings 250 MB
+along.
 """
 
 import tempfile
