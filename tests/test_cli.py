@@ -44,6 +44,8 @@ COMMANDS = [
     "pack",
     "unpack",
     "serve",
+    "triton",
+    "batch",
     "completion",
 ]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}
