@@ -200,7 +200,7 @@ _HEAD = [
 _LEGEND = [
     "Right is what the judge sees in each clip. Seams and elsewhere are the largest root mean square of the difference",
     "of two frames one after the other, where clips meet and elsewhere. Median, bright (98% of pixels are darker) and",
-    "mean are the largest change of a clip's brightness from the first clip's. The mean sees how large a shape is, too.",
+    "mean are the largest change of a clip's brightness from the first one's. The mean sees how large a shape is, too.",
 ]
 _LEVELS = ("median", "bright", "mean")
 
