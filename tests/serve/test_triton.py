@@ -1,5 +1,6 @@
 """The model for Triton: its config by Triton's schema, its code on a stand-in of the backend, and the real server."""
 
+import importlib.util
 import json
 import os
 import queue
@@ -105,9 +106,23 @@ def arguments(config: dict[str, Any]) -> dict[str, str]:
     return {"model_config": json.dumps(config), "model_name": "mini", "model_instance_device_id": "0"}
 
 
+def triton_schema() -> ModuleType:
+    """Return the module of Triton's configs, by itself: the rest of its package wants an older protobuf."""
+    package = importlib.util.find_spec("tritonclient")
+    if package is None or package.submodule_search_locations is None:
+        pytest.skip("tritonclient is not installed")
+    file = Path(package.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def parsed(text: str) -> Any:
     """Return a config by Triton's own schema, which refuses what it does not know."""
-    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    schema = triton_schema()
     from google.protobuf import text_format
 
     return text_format.Parse(text, schema.ModelConfig())
@@ -199,6 +214,15 @@ def test_what_makes_no_sense_is_refused_with_a_way_to_mend_it(model: Any, wrong:
     assert message in error.message
     assert "fix: " in error.message
     assert "/tmp" not in error.message
+
+
+def test_a_video_of_several_clips_is_refused(model: Any) -> None:
+    other = type(model)()
+    words = arguments(plain(config_text(miniature("mini-i2v"), "onnxruntime", ONE_THREAD)))
+    other.initialize({**words, "model_name": "mini-i2v"})
+    error = asked(other, **FEW, image=picture(), num_frames=17).error
+    assert (error.code, "of 9 frames" in error.message) == (TritonError.INVALID_ARG, True), error.message
+    other.finalize()
 
 
 def test_a_fault_ends_one_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
