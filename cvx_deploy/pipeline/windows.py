@@ -152,7 +152,13 @@ class Plan:
     def as_json(self) -> dict[str, object]:
         """What a report says of it: the windows' size, and where they begin along each axis, in latents."""
         starts = {"frames": self.frames.starts, "rows": self.rows.starts, "columns": self.columns.starts}
-        return {"of": str(self.window), "count": self.count, **starts, "freenoise": self.freenoise}
+        return {
+            "of": str(self.window),
+            "count": self.count,
+            **starts,
+            "freenoise": self.freenoise,
+            "loop": self.frames.ring,
+        }
 
     def __str__(self) -> str:
         axes = {"time": self.frames, "height": self.rows, "width": self.columns}
