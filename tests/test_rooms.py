@@ -37,7 +37,7 @@ ROOMS = (
         "diffusers",
         "parity",
     ),
-    *("bench", "doctor", "testing", "pytest_plugin", "serve", "cli", "__main__"),
+    *("bench", "doctor", "testing", "pytest_plugin", "cluster", "batch", "serve", "cli", "__main__"),
 )
 """From the ground up: a room imports from those before it only. Folders of the package, and its single files."""
 

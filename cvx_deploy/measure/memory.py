@@ -1,12 +1,10 @@
 """The memory of a process while it works, on the host through psutil and on a GPU through NVML, sample by sample."""
 
-import contextlib
 import os
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -81,25 +79,6 @@ class GpuMeter:
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
         except self._nvml.NVMLError:
             return None
-
-
-def memory_limit() -> tuple[int, str]:
-    """Return the bytes of memory that this process may have, and what says so: the machine, or a limit set on it."""
-    limits = [(psutil.virtual_memory().total, "this machine has")]
-    for place in _CGROUPS:
-        with contextlib.suppress(OSError, ValueError):  # it says "max" where there is none
-            limits.append((int(Path(place).read_text(encoding="ascii")), "the control group of this process allows"))
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
-            soft, _ = resource.getrlimit(kind)
-            if soft != resource.RLIM_INFINITY:
-                limits.append((soft, "ulimit allows"))
-    return min(limits)
-
-
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def _own_processes(pid: int) -> set[int]:

@@ -9,7 +9,7 @@ from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions, Needed
 from cvx_deploy.errors import EngineError, OutOfMemoryError, ShapeError
 from cvx_deploy.estimate.host import host_needs, too_much, what_fits
-from cvx_deploy.measure.memory import memory_limit
+from cvx_deploy.measure.limit import memory_limit
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.progress import Progress
 

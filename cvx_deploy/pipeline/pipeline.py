@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvx_deploy import __version__
-from cvx_deploy.bundle.opened import MANIFEST, Bundle
+from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.pack import identity
 from cvx_deploy.engines.auto import AUTO, chosen
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
@@ -29,7 +30,7 @@ from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import DEFAULT_OPTIONS, EngineName, EngineOptions, Needed
 from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
-from cvx_deploy.files import sha256_of
+from cvx_deploy.measure.cpu import cpu_name, instructions
 from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixels
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
@@ -284,7 +285,8 @@ class Pipeline:
     @property
     def identity(self) -> str:
         """A hash of all that a video's bits depend on beside what is asked for."""
-        made_by = [__version__, sha256_of(self.bundle.path / MANIFEST), self.engine, engine_spec(self.engine).version()]
+        made_by: list[Any] = [__version__, identity(self.bundle), cpu_name(), instructions()]
+        made_by += [self.engine, engine_spec(self.engine).version()]
         return hashlib.sha256(repr([*made_by, self._options.threads]).encode()).hexdigest()
 
     def __enter__(self) -> Self:

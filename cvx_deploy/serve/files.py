@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -33,7 +34,9 @@ VARIANTS: Final[dict[Variant, tuple[str, str]]] = {
     "thumbnail": ("thumbnail.jpg", "image/jpeg"),
     "spritesheet": ("spritesheet.png", "image/png"),
 }
-_CONTINUED = "source.mp4"
+_SOURCE, _CONTINUED = "source.npy", "source.mp4"
+SOURCES: Final = (_SOURCE, _CONTINUED)
+"""Files of a job that are there before it begins."""
 _PREVIEW = 320  # pixels of the longer side of a frame that is shown while the video is made
 Frames = NDArray[np.float32]
 
@@ -58,7 +61,7 @@ class JobFiles:
 
     def keep_source(self, pixels: NDArray[np.uint8]) -> None:
         """Keep the first frame (H, W, 3), or the clip (F, H, W, 3), that the video starts from."""
-        with staged_file(self.folder / "source.npy") as temporary, temporary.open("wb") as file:
+        with staged_file(self.folder / _SOURCE) as temporary, temporary.open("wb") as file:
             np.save(file, pixels, allow_pickle=False)
 
     def keep_video(self, other: "JobFiles") -> None:
@@ -82,12 +85,12 @@ class JobFiles:
 
     def take_source_of(self, other: "JobFiles") -> None:
         """Keep what another job started from, too."""
-        with staged_file(self.folder / "source.npy") as temporary:
-            shutil.copyfile(other.folder / "source.npy", temporary)
+        with staged_file(self.folder / _SOURCE) as temporary:
+            shutil.copyfile(other.folder / _SOURCE, temporary)
 
     def source(self) -> NDArray[np.uint8]:
         """Return what `keep_source` kept."""
-        pixels: NDArray[np.uint8] = np.load(self.folder / "source.npy", allow_pickle=False)
+        pixels: NDArray[np.uint8] = np.load(self.folder / _SOURCE, allow_pickle=False)
         return pixels
 
     def point(self, mark: str) -> ResumePoint | None:
@@ -108,9 +111,10 @@ class JobFiles:
     def writing(self, spec: Spec) -> Iterator["Output"]:
         """Take the frames of the video; its files are there, whole, when the block ends well, and else not."""
         form = VideoFormat(spec.written, spec.height, spec.width, spec.fps)
-        with open_writer(self.path("video"), form) as writer:
-            output = Output(writer, form, spec.rate)
+        with open_writer(self.path("video"), form) as writer, ThreadPoolExecutor(1, "encoder") as beside:
+            output = Output(writer, form, spec.rate, beside)
             yield output
+            output.wait()
         output.sheet.save(self.path("spritesheet"))
         assert output.middle is not None
         with staged_file(self.path("thumbnail")) as temporary:
@@ -127,21 +131,34 @@ class JobFiles:
 
 
 class Output:
-    """A video that grows.
+    """A video that grows: frames are encoded beside the caller, who decodes the next ones meanwhile.
 
     Attributes:
         sheet: Some of its frames in a row.
         middle: The frame in its middle, once it is there.
     """
 
-    def __init__(self, writer: VideoWriter, form: VideoFormat, rate: Rate) -> None:
+    def __init__(self, writer: VideoWriter, form: VideoFormat, rate: Rate, beside: Executor) -> None:
+        self._writer, self._at, self._count, self._beside = writer, form.frames // 2, 0, beside
         self._between = None if rate.is_kept else Interpolation(rate)
-        self._writer, self._at, self._count = writer, form.frames // 2, 0
+        self._pending: Future[None] | None = None
         self.sheet = ContactSheet(form)
         self.middle: NDArray[np.uint8] | None = None
 
     def add(self, frames: Frames) -> None:
-        """Take the next frames that are made, (n, H, W, 3) in [0, 1]."""
+        """Take the next frames that are made, (n, H, W, 3) in [0, 1], once those before are in the file.
+
+        Raises what these met.
+        """
+        self.wait()
+        self._pending = self._beside.submit(self._take, frames)
+
+    def wait(self) -> None:
+        """Wait until all frames are in the file."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _take(self, frames: Frames) -> None:
         for written in [frames] if self._between is None else self._between.add(frames):
             self.copy(written)
 
@@ -151,7 +168,7 @@ class Output:
             list(self._between.add(frame))
 
     def copy(self, frames: Frames) -> None:
-        """Take frames as they are to be written."""
+        """Take frames as they are to be written; none may be on their way."""
         self._writer.write(frames)
         self.sheet.add(frames)
         if self._count <= self._at < self._count + len(frames):

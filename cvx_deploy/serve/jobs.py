@@ -52,6 +52,7 @@ CREATE INDEX by_owner ON jobs (owner, seq);
 CREATE TABLE turns (owner TEXT PRIMARY KEY, turn INTEGER NOT NULL);
 PRAGMA user_version = {_VERSION};
 """
+_INDEX = "CREATE INDEX IF NOT EXISTS by_end ON jobs (status, ended)"  # for the last ones that ended
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -185,6 +186,7 @@ class JobStore:
                 self._db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
             elif version != _VERSION:
                 raise CvxError(f"{path} is of version {version}, not {_VERSION}", fix="choose another --data folder")
+            self._db.execute(_INDEX)
         except sqlite3.Error as error:
             raise CvxError(f"{path} is no queue of jobs: {error}", fix="choose another --data folder") from error
 

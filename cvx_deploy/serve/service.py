@@ -29,6 +29,7 @@ from cvx_deploy.serve.supervisor import Supervisor
 _ROOM = 1 << 28  # bytes that have to be free where videos are written
 _LONGEST_KEY = 255
 _LONGEST_WAIT = 3600
+_SHORTEST_POLL, _LONGEST_POLL = 0.5, 10.0  # seconds between two looks at a job
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ class Service:
         """Return a job as clients see it."""
         ahead = self.store.ahead(job) if job.status == "queued" else None
         return video_object(job, self.hub.progress(job.id, job.progress), ahead)
+
+    def poll_after(self, job: Job) -> int:
+        """Return the milliseconds after which it makes sense to look at a job again: not before its turn may come."""
+        turns = self.store.ahead(job) / len(self.settings.devices) if job.status == "queued" else 0.0
+        wait = turns * self.store.mean_seconds() if turns else 0.0
+        return round(1000 * min(max(wait, _SHORTEST_POLL), _LONGEST_POLL))
 
     def page(self, owner: str, after: str | None, limit: int, *, ascending: bool) -> dict[str, Any]:
         """Return some of an owner's jobs."""
@@ -240,6 +247,7 @@ class Service:
                 "created": 0,
                 "owned_by": "cvx-deploy",
                 "task": bundle.manifest.traits.task,
+                "source": source_of(bundle),
                 "sizes": [
                     {
                         "size": size_of(shape),
@@ -308,6 +316,13 @@ class Service:
     def _clip(self, path: Path, spec: Spec) -> NDArray[np.uint8]:
         with self._decoding:
             return _bytes_of(load_video(path, spec.frames, spec.height, spec.width).pixels)
+
+
+def source_of(bundle: Bundle) -> Source | None:
+    """Return what a bundle's videos start from, or can, beside their prompt."""
+    if bundle.manifest.traits.task == "image-to-video":
+        return "image"
+    return "video" if bundle.has("vae_encoder") else None
 
 
 def _continued(spec: Spec) -> Continued:

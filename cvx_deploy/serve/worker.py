@@ -162,7 +162,7 @@ class Worker:
             self._tell("resumed", taken=point.taken, count=point.count)
         saved = time.monotonic()
         with self._interruptible(), files.writing(spec) as output:
-            stream = pipeline.stream(resume=point, **asked(spec, files))
+            stream = pipeline.stream(resume=point, **arguments_of(spec, _source(spec, files)))
             with closing(stream):
                 for event in stream:
                     if isinstance(event, Step):
@@ -185,7 +185,9 @@ class Worker:
         if kept:
             self._tell("resumed", taken=len(kept), count=clips)
         words = {
-            key: value for key, value in asked(spec, files).items() if key not in (*given, *_SIDES, *spec.left_open)
+            key: value
+            for key, value in arguments_of(spec, _source(spec, files)).items()
+            if key not in (*given, *_SIDES, *spec.left_open)
         }
         with self._interruptible(), files.writing(spec) as output:
             tail = _copied(files, output) if spec.extends else None
@@ -216,8 +218,9 @@ class Worker:
         self._tell("step", index=step.index, count=step.count, forecast=step.forecast, progress=progress)
         if self._wish == "cancelled":
             raise _EndedError
-        due = taken % _EVERY == 0 and time.monotonic() - saved >= self._settings["point_seconds"]
-        if step.point is not None and (due or taken == step.count or self._wish == "stopped"):
+        late = time.monotonic() - saved >= self._settings["point_seconds"]  # a short job costs less than its points
+        due = late and (taken % _EVERY == 0 or taken == step.count)
+        if step.point is not None and (due or self._wish == "stopped"):
             files.save_point(mark, step.point)
             self._tell("saved", progress=progress)
             saved = time.monotonic()
@@ -262,13 +265,9 @@ class Worker:
             self._pipelines.pop(name).close()
 
     def _warm(self, name: str) -> None:
-        """Make a video of a few steps and throw it away, so that whatever is loaded or compiled late is there."""
+        """Load a model and try it, without the others where there is no room for all."""
         try:
-            pipeline = self._pipeline(name)
-            shape = pipeline.bundle.shape
-            picture = np.full((shape.height, shape.width, 3), 127, np.uint8)
-            image = picture if pipeline.bundle.manifest.traits.task == "image-to-video" else None
-            pipeline("", num_inference_steps=_WARM_STEPS, image=image)
+            warm_up(self._pipeline(name))
         except OutOfMemoryError:
             if set(self._pipelines) <= {name}:
                 raise
@@ -278,6 +277,14 @@ class Worker:
     def _tell(self, event: str, **values: Any) -> None:
         self._out.write(json.dumps({"event": event, "job": self._job, **values}) + "\n")
         self._out.flush()
+
+
+def warm_up(pipeline: Pipeline) -> None:
+    """Make a video of a few steps and throw it away, so that whatever is loaded or compiled late is there."""
+    shape = pipeline.bundle.shape
+    picture = np.full((shape.height, shape.width, 3), 127, np.uint8)
+    image = picture if pipeline.bundle.manifest.traits.task == "image-to-video" else None
+    pipeline("", num_inference_steps=_WARM_STEPS, image=image)
 
 
 def _copied(files: JobFiles, output: Output) -> NDArray[np.uint8]:
@@ -291,8 +298,13 @@ def _copied(files: JobFiles, output: Output) -> NDArray[np.uint8]:
     return tail
 
 
-def asked(spec: Spec, files: JobFiles) -> dict[str, Any]:
-    """Return the arguments of `Pipeline.stream` for a job."""
+def _source(spec: Spec, files: JobFiles) -> NDArray[np.uint8] | None:
+    """Return the image or the clip that a job starts from; None where it has none."""
+    return files.source() if spec.source in ("image", "video") else None
+
+
+def arguments_of(spec: Spec, source: Any) -> dict[str, Any]:
+    """Return the arguments of `Pipeline.stream` for a job, and for what it starts from where it does from something."""
     arguments: dict[str, Any] = {
         "prompt": spec.prompt,
         "negative_prompt": spec.negative_prompt,
@@ -305,7 +317,7 @@ def asked(spec: Spec, files: JobFiles) -> dict[str, Any]:
         "cache": spec.cache,
     }
     if spec.source in ("image", "video"):
-        arguments[spec.source] = files.source()
+        arguments[spec.source] = source
     if spec.strength is not None:
         arguments["strength"] = spec.strength
     return arguments

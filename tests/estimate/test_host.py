@@ -11,8 +11,8 @@ from cvx_deploy.engines.spec import EngineOptions
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.estimate import host
 from cvx_deploy.estimate.host import PROCESS, HostNeeds, host_needs
-from cvx_deploy.measure import memory
-from cvx_deploy.measure.memory import memory_limit
+from cvx_deploy.measure import limit as limits
+from cvx_deploy.measure.limit import memory_limit
 from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 
@@ -98,7 +98,7 @@ def test_auto_takes_an_engine_that_fits(mini: Bundle, monkeypatch: pytest.Monkey
 
 def test_limits_that_are_set_on_a_process_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_CGROUPS", (str(group),))
+    monkeypatch.setattr(limits, "_CGROUPS", (str(group),))
     group.write_text("max\n")
     assert memory_limit()[1] in ("this machine has", "ulimit allows")
     group.write_text("1000000\n")
