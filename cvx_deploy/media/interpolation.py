@@ -21,6 +21,7 @@ Flow = NDArray[np.float32]  # (H, W, 2): x and y in pixels
 METHOD = "optical flow (OpenCV DIS)"
 _DOUBT = 1.5  # pixels by which a way there and back may miss before what went it counts as hidden
 _SHARE = 0.05  # of the way itself by which it may miss besides
+_STILL = 0.5  # pixels of flow that count as none: what does not move is then averaged, and no noise is carried about
 _LEAST = 1e-3  # weight of what is hidden, where both frames hide it
 _SMALL = 64  # pixels of the shorter side of a frame, below which flow is found at its full size
 
@@ -127,7 +128,8 @@ def _flow(first: Frame, second: Frame) -> Flow:
     if min(first.shape[:2]) < _SMALL:
         search.setFinestScale(0)
     grey = [cv2.cvtColor((frame * 255).round().astype(np.uint8), cv2.COLOR_RGB2GRAY) for frame in (first, second)]
-    return np.asarray(search.calc(grey[0], grey[1], None), np.float32)
+    flow = np.asarray(search.calc(grey[0], grey[1], None), np.float32)
+    return np.where(np.linalg.norm(flow, axis=-1, keepdims=True) < _STILL, np.float32(0), flow)
 
 
 def _hidden(there: Flow, back: Flow) -> NDArray[np.float32]:

@@ -121,11 +121,11 @@ async def edit(request: Request, service: Serves, owner: Owner) -> JSONResponse:
 
 @router.post("/videos/extensions")
 async def extend(request: Request, service: Serves, owner: Owner) -> JSONResponse:
-    """Continue one of the client's own videos."""
+    """Continue a video: one of the client's own, or one that it sends."""
     _check_open(request)
-    body = await body_of(request, {})
+    body = await body_of(request, {"video": "video"})
     more = parsed(Extended, body.fields, texts=body.texts)
-    job = await run_in_threadpool(service.extend, owner, more, request.headers.get("idempotency-key"))
+    job = await run_in_threadpool(service.extend, owner, more, body.upload, request.headers.get("idempotency-key"))
     return _shown(service, job)
 
 

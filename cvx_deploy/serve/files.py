@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
-import av
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from cvx_deploy.longer.parts import Parts
 from cvx_deploy.media.contact_sheet import ContactSheet
 from cvx_deploy.media.encoders import VideoFormat, as_bytes
 from cvx_deploy.media.interpolation import Interpolation, Rate
-from cvx_deploy.media.rgb import rgb_of_frame
+from cvx_deploy.media.read import frames_of
 from cvx_deploy.media.write import VideoWriter, open_writer
 from cvx_deploy.pipeline.pipeline import Pipeline
 from cvx_deploy.pipeline.resume import ResumePoint
@@ -64,16 +63,14 @@ class JobFiles:
         with staged_file(self.folder / _SOURCE) as temporary, temporary.open("wb") as file:
             np.save(file, pixels, allow_pickle=False)
 
-    def keep_video(self, other: "JobFiles") -> None:
-        """Keep the video of another job, which is continued."""
+    def keep_video(self, path: Path) -> None:
+        """Keep a video that is continued."""
         with staged_file(self.folder / _CONTINUED) as temporary:
-            shutil.copyfile(other.path("video"), temporary)
+            shutil.copyfile(path, temporary)
 
-    def continued(self) -> Iterator[NDArray[np.uint8]]:
+    def continued(self, spec: Spec) -> Iterator[NDArray[np.uint8]]:
         """Yield the frames of the video that is continued, (H, W, 3) each."""
-        with av.open(str(self.folder / _CONTINUED)) as container:
-            for frame in container.decode(video=0):
-                yield np.asarray(rgb_of_frame(frame))
+        return frames_of(self.folder / _CONTINUED, spec.height, spec.width)
 
     def parts(self, mark: str) -> Parts:
         """Return where the clips of a chain are kept; those of another mark go."""
@@ -103,6 +100,16 @@ class JobFiles:
     def save_point(self, mark: str, point: ResumePoint) -> None:
         """Keep where the video stands."""
         point.save(self._point(mark))
+
+    def kept(self) -> dict[str, Path]:
+        """Return, by their names within the folder, the files that whoever makes the video next goes on from."""
+        folder = self.folder.resolve()
+        places = (*folder.glob("point-*.npz"), *Parts.place(folder / self.path("video").name).glob("[!.]*"))
+        return {str(path.relative_to(folder)): path for path in places}
+
+    def sources(self) -> dict[str, Path]:
+        """Return, likewise, the files that were there before it began."""
+        return {name: path for name in SOURCES if (path := self.folder / name).exists()}
 
     def _point(self, mark: str) -> Path:
         return self.folder / f"point-{mark}.npz"

@@ -44,6 +44,7 @@ class Extended(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     prompt: str
     seconds: str | float
+    model: str | None = None
     video: dict[str, str] | None = None
     negative_prompt: str = ""
     num_inference_steps: int | None = None

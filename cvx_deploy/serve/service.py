@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CvxError
 from cvx_deploy.files import free_space
-from cvx_deploy.media.read import check_pixels, load_image, load_video
+from cvx_deploy.media.read import check_pixels, frames_of, load_image, load_video
 from cvx_deploy.serve.faults import ApiError
 from cvx_deploy.serve.files import VARIANTS, JobFiles, Variant
 from cvx_deploy.serve.hub import Hub
@@ -55,7 +56,7 @@ class Service:
         idempotency: str | None,
         remixed_from: Job | None = None,
         source_job: Job | None = None,
-        extended: Job | None = None,
+        continued: Continued | None = None,
     ) -> Job:
         """Put a video into the queue.
 
@@ -66,33 +67,32 @@ class Service:
             idempotency: A word of the client; asked under it again, the same job is returned.
             remixed_from: The job that this one repeats with another prompt, from the same source.
             source_job: A completed job whose video this one starts from.
-            extended: A completed job whose video comes first, and is continued.
+            continued: A video that comes first.
 
         Raises:
             ApiError: It cannot be made, or not now.
         """
-        digest = _digest(asked, upload, remixed_from, source_job, extended)
+        digest = _digest(asked, upload, continued, remixed_from, source_job)
         _check_idempotency(idempotency)
         if idempotency is not None and (there := self.store.repeated(owner, idempotency)) is not None:
             return _the_same(there, digest)
         if free_space(self.settings.data) < _ROOM:
             raise ApiError(503, "the disk for videos is full. fix: delete some, or come again later.", "disk_full")
         name, bundle = self._named(asked.model)
-        continued = None
         source: Source | None = None if upload is None else upload.kind
         if source_job is not None:
             source = "video"
         elif remixed_from is not None:
             source = remixed_from.spec.source
-        elif extended is not None:
-            source, continued = "extension", _continued(extended.spec)
+        elif continued is not None:
+            source = "extension"
         spec = spec_of(asked, name, self.settings.models, source, self.settings.limits, continued)
         identifier = new_id()
         files = self.files(identifier)
         try:
             with stating():
-                if extended is not None:
-                    files.keep_video(self.files(extended.id))
+                if continued is not None:
+                    files.keep_video(continued.path)
                 else:
                     self._keep_source(files, spec, bundle, upload, remixed_from, source_job)
             job = self._added(
@@ -195,30 +195,60 @@ class Service:
         )
         return self.create(owner, asked, None, idempotency, remixed_from=job)
 
-    def extend(self, owner: str, more: Extended, idempotency: str | None) -> Job:
-        """Continue a completed video of the owner's; what is made begins with it.
+    def extend(self, owner: str, more: Extended, upload: Upload | None, idempotency: str | None) -> Job:
+        """Continue a completed video of the owner's, or one that is sent; what is made begins with it.
 
         Raises:
             ApiError: There is no such video, or nothing that goes on from it.
         """
+        if upload is not None:
+            with tempfile.TemporaryDirectory(dir=self.settings.data, prefix=".upload-") as folder:
+                path = Path(folder) / "video"
+                path.write_bytes(upload.content)
+                return self._extended(owner, more, self._sent(path, more), upload, idempotency)
         identifier = (more.video or {}).get("id")
         if identifier is None:
-            message = 'video is missing. fix: name one of yours, {"id": ...}; files are not extended.'
-            raise ApiError(400, message, "invalid_value", "video")
+            raise ApiError(400, 'video is missing. fix: send a file, or {"id": ...}.', "invalid_value", "video")
         job = self.find(owner, identifier)
-        self.content(owner, identifier, "video")
+        path, _ = self.content(owner, identifier, "video")
         spec = job.spec
+        there = Continued(path, spec.written, spec.fps, f"{spec.width}x{spec.height}", identifier)
+        return self._extended(owner, more, there, None, idempotency, spec.model)
+
+    def _extended(
+        self,
+        owner: str,
+        more: Extended,
+        there: Continued,
+        upload: Upload | None,
+        idempotency: str | None,
+        model: str | None = None,
+    ) -> Job:
         asked = Asked(
             prompt=more.prompt,
-            model=spec.model,
+            model=more.model or model,
             seconds=more.seconds,
-            fps=spec.fps,
+            fps=there.fps,
             negative_prompt=more.negative_prompt,
             num_inference_steps=more.num_inference_steps,
             guidance_scale=more.guidance_scale,
             seed=more.seed,
         )
-        return self.create(owner, asked, None, idempotency, extended=job)
+        return self.create(owner, asked, upload, idempotency, continued=there)
+
+    def _sent(self, path: Path, more: Extended) -> Continued:
+        """Look at a video that was sent: it is taken at the model's size and rate."""
+        _, bundle = self._named(more.model)
+        shape, most = bundle.shapes[0], self.settings.limits.frames
+        try:
+            with self._decoding:
+                frames = sum(1 for _ in islice(frames_of(path, shape.height, shape.width), most + 1))
+        except CvxError as error:
+            what = error.what.replace(str(path), path.name)
+            raise ApiError(400, f"{what}. fix: {error.fix}.", "invalid_video", "video") from error
+        if not 0 < frames <= most:
+            raise ApiError(400, f"the video has not 1 to {most} frames. fix: send another.", "too_long", "video")
+        return Continued(path, frames, bundle.manifest.fps, size_of(shape))
 
     def content(self, owner: str, identifier: str, variant: Variant) -> tuple[Path, str]:
         """Return the file and the type of what a job has made.
@@ -325,10 +355,6 @@ def source_of(bundle: Bundle) -> Source | None:
     return "video" if bundle.has("vae_encoder") else None
 
 
-def _continued(spec: Spec) -> Continued:
-    return Continued(spec.written, spec.fps, f"{spec.width}x{spec.height}")
-
-
 def _check_idempotency(key: str | None) -> None:
     if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
         raise ApiError(
@@ -350,8 +376,10 @@ def _the_same(job: Job, digest: str) -> Job:
     return job
 
 
-def _digest(asked: Asked, upload: Upload | None, *jobs: Job | None) -> str:
-    digest = hashlib.sha256(msgspec.json.encode([asked, *(None if job is None else job.id for job in jobs)]))
+def _digest(asked: Asked, upload: Upload | None, continued: Continued | None, *jobs: Job | None) -> str:
+    before = [None if job is None else job.id for job in jobs]
+    follows = [] if continued is None else ["extension", continued.job]
+    digest = hashlib.sha256(msgspec.json.encode([asked, *before, *follows]))
     if upload is not None:
         digest.update(upload.kind.encode() + b"\0" + upload.content)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -24,11 +25,13 @@ _NEAR = 0.5  # seconds by which what is asked for may miss a video's length: 6 i
 
 @dataclass(frozen=True)
 class Continued:
-    """A video that is continued: frames of its file, how many a second, and their size."""
+    """A video that is continued: its file, frames, frames a second, and size; and the job that made it."""
 
+    path: Path
     frames: int
     fps: int
     size: str
+    job: str | None = None
 
 
 def spec_of(

@@ -1,6 +1,7 @@
 """A thread for each worker: it starts the worker, hands it jobs, notes what comes of them, and starts it anew."""
 
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -76,8 +77,12 @@ class Slot:
 
     def _start(self) -> None:
         self.state, self.starts = "starting", self.starts + 1
-        self._worker = self._crew.hire(self._number)
-        word = self._next()
+        try:
+            self._worker = self._crew.hire(self._number)
+            word = self._next()
+        except OSError as error:
+            what = f"no worker can be started: {error.strerror or error}"
+            word = {"event": "broken", "what": what, "fix": f"make sure that {sys.executable} may run, and has room"}
         if word["event"] == "broken":
             self.trouble = CvxError(word["what"], fix=word["fix"])
             self._crew.broken(self)

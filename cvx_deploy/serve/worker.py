@@ -190,7 +190,7 @@ class Worker:
             if key not in (*given, *_SIDES, *spec.left_open)
         }
         with self._interruptible(), files.writing(spec) as output:
-            tail = _copied(files, output) if spec.extends else None
+            tail = _copied(spec, files, output) if spec.extends else None
             with closing(chain.stream(**words, **given, kept=kept, continued=tail)) as happening:
                 for event in happening:
                     if isinstance(event, Step):
@@ -287,10 +287,10 @@ def warm_up(pipeline: Pipeline) -> None:
     pipeline("", num_inference_steps=_WARM_STEPS, image=image)
 
 
-def _copied(files: JobFiles, output: Output) -> NDArray[np.uint8]:
+def _copied(spec: Spec, files: JobFiles, output: Output) -> NDArray[np.uint8]:
     """Let a video that is continued come first, and return its last frames."""
     last: deque[NDArray[np.uint8]] = deque(maxlen=_LEVELS)
-    for frame in files.continued():
+    for frame in files.continued(spec):
         output.copy(frame[None].astype(np.float32) / np.float32(255))
         last.append(frame)
     tail = np.stack(list(last))

@@ -1,5 +1,6 @@
 """Workers and servers that are killed: every job ends once, with the bytes of an undisturbed one."""
 
+import errno
 import json
 import os
 import shutil
@@ -149,6 +150,18 @@ def test_a_server_whose_workers_cannot_come_up_ends_with_the_reason(tmp_path: Pa
     with pytest.raises(CvxError, match=r"tokenizer\.json"):
         serve(settings, progress)
     assert kept.exists(), "the twin: what was there stays"
+
+
+def test_a_worker_that_cannot_even_be_started_ends_the_server_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    settings = ServeSettings({"mini": Bundle.open(miniature("mini"))}, tmp_path / "data", port=0)
+    monkeypatch.setattr("cvx_deploy.serve.process.subprocess.Popen", refused)
+    with pytest.raises(CvxError, match="no worker can be started: Permission denied"):
+        serve(settings, SilentProgress())
 
 
 def test_one_server_at_a_time_has_a_folder(own: Server) -> None:

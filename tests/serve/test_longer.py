@@ -53,7 +53,8 @@ def test_a_video_is_extended(client: openai.OpenAI, server: Server, chain: Chain
     first = done(client, client.videos.create(prompt=PROMPT, model="mini", extra_body=FEW))
     (tmp_path / "first.mp4").write_bytes(client.videos.download_content(first.id).read())
     more = {**FEW, "seconds": "1"}
-    sent = client.videos.extend(prompt=LEFT, seconds="4", video={"id": first.id}, extra_body=more)
+    body = {"prompt": LEFT, "video": {"id": first.id}, **more}
+    sent = client.post("/videos/extensions", body=body, cast_to=openai.types.Video)
     video = done(client, sent)
     assert (video.status, video.seconds, video.num_frames) == ("completed", "2.125", 17)
     (tmp_path / "whole.mp4").write_bytes(client.videos.download_content(video.id).read())
@@ -61,6 +62,10 @@ def test_a_video_is_extended(client: openai.OpenAI, server: Server, chain: Chain
     events = chain.stream(LEFT, num_frames=8, seed=7, continued=as_bytes(there), num_inference_steps=2)
     own = np.concatenate([there, *(event.frames for event in events if isinstance(event, Frames))])
     assert psnr(read(tmp_path / "whole.mp4"), own) > LOSSY
+    content = (tmp_path / "first.mp4").read_bytes()
+    by_file = client.videos.extend(prompt=LEFT, seconds="4", video=("x", content), extra_body=more)
+    assert done(client, by_file).status == "completed"
+    assert client.videos.download_content(by_file.id).read() == (tmp_path / "whole.mp4").read_bytes()
     assert not (server.data / "videos" / video.id / "source.mp4").exists()
     with pytest.raises(openai.BadRequestError, match="is not remixed"):
         client.videos.remix(video.id, prompt=PROMPT)
@@ -102,11 +107,21 @@ def test_what_is_too_long_is_refused(still: Still, more: dict[str, Any], said: s
         ({"prompt": PROMPT, "seconds": "4"}, 400),
         ({"prompt": PROMPT, "seconds": "4", "video": {"id": "video_none"}}, 404),
         ({"prompt": PROMPT, "video": {"id": "video_none"}}, 400),
+        ({"prompt": PROMPT, "seconds": "4", "video": {"id": "x"}, "model": "none"}, 404),
         ({"prompt": PROMPT, "seconds": "4", "video": {"id": "x"}, "size": "48x48"}, 400),
     ],
 )
 def test_an_extension_of_nothing_is_refused(still: Still, body: dict[str, Any], status: int) -> None:
     assert still.client.post("/v1/videos/extensions", json=body).status_code == status
+
+
+@pytest.mark.parametrize("content", [b"", b"no video"])
+def test_a_file_that_is_no_video_is_not_extended(still: Still, content: bytes) -> None:
+    fields = {"prompt": PROMPT, "seconds": "4"}
+    answer = still.client.post("/v1/videos/extensions", data=fields, files={"video": ("v.mp4", content)})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "video")
+    assert str(still.data) not in answer.text
+    assert not list(still.data.glob(".upload-*"))
 
 
 def test_a_video_that_is_not_made_yet_and_an_extension_beyond_all_bounds_are_refused(still: Still) -> None:

@@ -216,6 +216,15 @@ def test_what_makes_no_sense_is_refused_with_a_way_to_mend_it(model: Any, wrong:
     assert "/tmp" not in error.message
 
 
+def test_a_video_of_several_clips_is_refused(model: Any) -> None:
+    other = type(model)()
+    words = arguments(plain(config_text(miniature("mini-i2v"), "onnxruntime", ONE_THREAD)))
+    other.initialize({**words, "model_name": "mini-i2v"})
+    error = asked(other, **FEW, image=picture(), num_frames=17).error
+    assert (error.code, "of 9 frames" in error.message) == (TritonError.INVALID_ARG, True), error.message
+    other.finalize()
+
+
 def test_a_fault_ends_one_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(model._pipeline, "stream", lambda **_: 1 / 0)

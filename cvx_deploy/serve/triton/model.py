@@ -85,6 +85,9 @@ class TritonPythonModel:
             raise ApiError(400, "an image and a video. fix: send one of them.", "invalid_value", "video")
         asked = parsed(Asked, {name: _text(name, value) for name, value in fields.items()}, texts=False)
         spec = spec_of(asked, self._name, {self._name: self._pipeline.bundle}, next(iter(sources), None), _LIMITS)
+        if spec.image_model is not None:
+            message = f"one clip is made here, of {self._pipeline.bundle.shape.frames} frames. fix: ask for no more."
+            raise ApiError(400, message, "unsupported", "num_frames")
         with tempfile.TemporaryDirectory(prefix="cvx-triton-") as folder:
             try:
                 video = self._written(spec, _kept(sources, Path(folder)), Path(folder) / "video.mp4", sender)
