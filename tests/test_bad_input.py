@@ -163,7 +163,9 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(checkpoint: Path, dam
 
 @pytest.mark.export
 def test_a_missing_tensor_is_one_clear_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cvx_deploy.exporters.export.contracts_for", lambda *words: contracts_for(*words)[:1])
+    monkeypatch.setattr(
+        "cvx_deploy.exporters.export.contracts_for", lambda *words, **more: contracts_for(*words, **more)[:1]
+    )
     drop_tensor(checkpoint)
     before = content(checkpoint.parent)
     words = ["--model", "5b", "--checkpoint", checkpoint, "--output", checkpoint.parent / "bundle"]
