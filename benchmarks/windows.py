@@ -7,6 +7,7 @@ What is measured is kept in `--kept`; the same command goes on from there.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -54,8 +55,8 @@ def measured(video: Video, caption: str, windows: dict[str, Any]) -> dict[str, A
         for name in ("shape", "colour", "motion")
     }
     neighbours = np.array([psnr(video[n], video[n + 1]) for n in range(len(video) - 1)])
-    # A window that begins at latent frame k brings video frames from 4k - 3 on.
-    seams = sorted({4 * start - 4 for start in windows["frames"] if start})
+    # A window that begins at latent frame k brings video frames from 4k - 3 on; those of a loop begin everywhere.
+    seams = [] if windows["loop"] else sorted({4 * start - 4 for start in windows["frames"] if start})
     brightness = video.reshape(len(video), -1).mean(axis=1)
     return {
         "seconds": len(verdicts),
@@ -153,6 +154,38 @@ def main() -> None:
 
 def report(output: Path, count: int, kept: dict[str, Any]) -> None:
     """Write the JSON and the Markdown file."""
+    note = "other programs used the machine meanwhile; nothing here is a time"
+    told = conditions(TOOLS, note, model="mini, fp32", steps=STEPS, guidance=2, seeds=f"0 to {count - 1}")
+    lines = [
+        "# Windows, judged",
+        "",
+        f"{count} held-out captions; each video is judged second by second (8 frames), and by its pixels. Medians.",
+        "",
+        "| way | windows | colour right | shape right | motion right | neighbouring frames, median | the two furthest "
+        "apart | furthest apart where a window begins | last and first frame | brightness, first to last second |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in CASES:
+        rows = [row for row in kept.values() if isinstance(row, dict) and row["case"] == case]
+        if rows:
+            lines.append(line(case, rows))
+    peaks = {key: statistics.median(value) for key, value in kept.items() if key.startswith("peak")}
+    lines += [
+        "",
+        *(f"{key}: {value:.0f} MB (median of 3 processes of the command line)" for key, value in peaks.items()),
+    ]
+    write(output, told, {"videos": kept}, lines)
+
+
+def line(case: str, rows: list[dict[str, Any]]) -> str:
+    """Return a row of the table."""
+    seconds = sum(row["seconds"] for row in rows)
+    right = [f"{sum(row[name] for row in rows)} of {seconds}" for name in ("colour", "shape", "motion")]
+    names = ("median neighbours", "worst neighbours", "worst seam", "last to first")
+    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    decibels = [f"{statistics.median(values):.1f} dB" if values else "-" for values in found.values()]
+    drift = 100 * statistics.median(row["brightness drift"] for row in rows)
+    return "| " + " | ".join([case, str(rows[0]["windows"]), *right, *decibels, f"{drift:.2f}%"]) + " |"
 
 
 if __name__ == "__main__":

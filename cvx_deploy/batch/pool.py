@@ -1,6 +1,11 @@
-"""A batch on the nodes of a Ray cluster: an actor pool of Ray Data, whose files come back to this machine."""
+"""A batch on the nodes of a Ray cluster: an actor for each worker, whose files come back to this machine.
+
+Not with Ray Data, whose pool of actors once waited without end for what a dead node had begun, and which brings 250 MB
+along.
+"""
 
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +13,7 @@ from typing import Any
 
 import msgspec
 import ray
-import ray.data
+from ray.exceptions import RayError
 
 from cvx_deploy.batch.lines import Task
 from cvx_deploy.batch.make import failed, made
@@ -24,6 +29,7 @@ from cvx_deploy.pipeline.pipeline import Pipeline
 from cvx_deploy.terminal import reason
 
 _TRIES = 3  # of a video whose worker or node dies
+_MOST_LOST = 10
 Row = dict[str, Any]
 
 
@@ -65,7 +71,11 @@ class Maker:
         except CvxError as error:
             self._stop = _stop(error)
 
-    def __call__(self, row: Row) -> Row:
+    def ready(self) -> Row:
+        """Return a row that says whether it can make videos."""
+        return self._stop or _row()
+
+    def make(self, row: Row) -> Row:
         """Make a video: a row with a task and its sources gives one with its record and its file."""
         if self._pipeline is None:
             return self._stop
@@ -84,37 +94,74 @@ def spread(pool: Pool) -> Makes:
     """Return what makes videos with a pool; one whose worker dies is made by another, three times at the most."""
 
     def makes(tasks: list[Task], folder: Path) -> Iterator[Record]:
-        open_ones = {task.id: task for task in tasks}
-        for row in _rows(pool, tasks):
-            record = _kept(row, folder)
-            if open_ones.pop(record.id, None) is not None:
-                yield record
-        for task in open_ones.values():
-            yield failed(task, f"its worker died {_TRIES} times", 0.0)
+        crew = _Crew(pool, tasks)
+        while (ended := crew.next()) is not None:
+            yield ended if isinstance(ended, Record) else _kept(ended, folder)
 
     return makes
 
 
-def _rows(pool: Pool, tasks: list[Task]) -> Iterator[Row]:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a video takes as long as it takes
-    context.max_errored_blocks = len(tasks)  # a video that kills every worker ends itself, and not the batch
-    takes = {"num_cpus": pool.cpus} if pool.cpus else {"num_gpus": 1}
-    rows = [{"task": msgspec.json.encode(task), "source": _source_of(task)} for task in tasks]
-    videos = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Maker,
-        fn_constructor_args=(pool,),
-        compute=ray.data.ActorPoolStrategy(size=pool.count, max_tasks_in_flight_per_actor=1),
-        ray_remote_args_fn=lambda: {"max_task_retries": _TRIES - 1},
-        **takes,
-    )
-    try:
-        yield from videos.iter_rows()
-    except ray.exceptions.RayError as error:
-        what = f"the Ray cluster cannot go on with the batch: {reason(error)}"
-        raise EngineError(what, fix="see that its nodes are up, and run the command again") from error
+class _Crew:
+    """The actors of a pool, and what each of them is at."""
+
+    def __init__(self, pool: Pool, tasks: list[Task]) -> None:
+        takes = {"num_cpus": pool.cpus} if pool.cpus else {"num_gpus": 1}
+        self._actors = ray.remote(Maker).options(scheduling_strategy="SPREAD", max_restarts=0, **takes)
+        self._pool, self._tries = pool, dict.fromkeys((task.id for task in tasks), 0)
+        self._waiting = deque(tasks)
+        self._at: dict[Any, tuple[Any, Task | None]] = {}  # by what is awaited: an actor, and its task or none
+        self._idle: list[Any] = []
+        self._lost = 0  # actors in a row that never came up
+        for _ in range(min(pool.count, len(tasks))):
+            self._hire()
+
+    def next(self) -> Row | Record | None:
+        """Return the next row that an actor gives back, or the record of a video that is given up; None at the end.
+
+        Raises:
+            EngineError: No actor comes up.
+        """
+        while self._waiting or any(task is not None for _, task in self._at.values()):
+            self._hand_out()
+            [ended], _ = ray.wait(list(self._at))
+            actor, task = self._at.pop(ended)
+            try:
+                row = Row(ray.get(ended))
+            except RayError as error:
+                if (given_up := self._lose(actor, task, error)) is not None:
+                    return given_up
+                continue
+            self._lost = 0
+            self._idle.append(actor)
+            if task is not None or row["what"]:
+                return row
+        return None
+
+    def _hire(self) -> None:
+        actor = self._actors.remote(self._pool)
+        self._at[actor.ready.remote()] = actor, None
+
+    def _hand_out(self) -> None:
+        while self._waiting and self._idle:
+            actor, task = self._idle.pop(), self._waiting.popleft()
+            row = {"task": msgspec.json.encode(task), "source": _source_of(task)}
+            self._at[actor.make.remote(row)] = actor, task
+
+    def _lose(self, actor: Any, task: Task | None, error: RayError) -> Record | None:
+        """Let another actor take the place of one that has gone, and another try that of its task's."""
+        ray.kill(actor)
+        self._hire()
+        if task is None:
+            self._lost += 1
+            if self._lost > _MOST_LOST:
+                what = f"no worker comes up on the Ray cluster: {reason(error)}"
+                raise EngineError(what, fix="see that its nodes are up, and have this program")
+            return None
+        self._tries[task.id] += 1
+        if self._tries[task.id] < _TRIES:
+            self._waiting.appendleft(task)
+            return None
+        return failed(task, f"its worker died {_TRIES} times", 0.0)
 
 
 def _kept(row: Row, folder: Path) -> Record:

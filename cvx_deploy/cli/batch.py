@@ -77,7 +77,7 @@ def batch(
         raise click.UsageError("--workers means nothing without --ray")
     options = EngineOptions(threads=threads, vram=vram)
     if ray_address is not None:
-        need_extra("ray", "ray", "pyarrow", "pandas")
+        need_extra("ray", "ray")
     bundle = Bundle.open(bundle_folder(model, engines_dir))
     engine = chosen(engine, bundle, options, progress=progress)
     engine_spec(engine).check(options)

@@ -120,7 +120,9 @@ def way_of(
         at_hand = image_bundle(long, bundle) is not None
         way = "chain" if at_hand or long.script is not None or not beyond else "windows"
     if way == "chain" and windows:
-        raise PromptError("--loop and --freenoise are of windows", fix="leave them out, or use --long windows")
+        raise PromptError(
+            "--loop, --freenoise and --windows-at-once are of windows", fix="leave them out, or use --long windows"
+        )
     for name, word in (("script", "--script"), ("image_model", "--image-model"), ("free_colours", "--free-colours")):
         if way != "chain" and getattr(long, name):
             raise PromptError(f"{word} is of a chain of clips", fix=f"add --long chain, or leave {word} out")

@@ -114,6 +114,14 @@ def devices_of(text: str) -> tuple[int, ...]:
 @click.option(
     "--freenoise", is_flag=True, help="For windows: start later frames from the noise of earlier ones, shuffled."
 )
+@click.option(
+    "--windows-at-once",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Windows that go through the transformer together, each with both branches of guidance. An engine of "
+    "TensorRT's, built for a batch of 2, holds two without guidance.",
+)
 @click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
 @click.option(
     "--engine",
@@ -170,6 +178,7 @@ def run(
     long: Long,
     freenoise: bool,
     loop: bool,
+    windows_at_once: int,
     progress: Progress,
     **options: Any,
 ) -> Result:
@@ -212,7 +221,7 @@ def run(
     defaults = bundle.manifest.defaults
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
     count = long.frames(wanted.frames, bundle.manifest.fps)
-    way = way_of(long, bundle, count, wanted.height, wanted.width, windows=freenoise or loop)
+    way = way_of(long, bundle, count, wanted.height, wanted.width, windows=freenoise or loop or windows_at_once > 1)
     if way == "chain":
         return chain_result(long, bundle, opened, count, (wanted.height, wanted.width), options, progress)
     if options["from_latents"] is None:
@@ -229,6 +238,7 @@ def run(
         overlap=long.overlap,
         freenoise=freenoise,
         loop=loop,
+        at_once=windows_at_once,
     )
     request = replace(request, windows=windows)
     with opened(bundle, how.residency) as pipeline:

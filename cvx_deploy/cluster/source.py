@@ -1,4 +1,4 @@
-"""The actor on this machine that gives bundles to the nodes of a joined cluster."""
+"""Actors on this machine for the nodes of a joined cluster, such as the one that gives them bundles."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +10,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cvx_deploy.cluster.bundles import BundleSource, Known, Sender
 
 
+def actor_here(kind: type, *arguments: object) -> Any:
+    """Return an actor that runs on this machine, and takes no CPU."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
+
+
 @contextmanager
 def source_of(bundles: Sequence[Known]) -> Iterator[Any]:
-    """Give an actor that runs on this machine, takes no CPU, and has these bundles."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    source = ray.remote(BundleSource).options(num_cpus=0, scheduling_strategy=here).remote(list(bundles))
+    """Give an actor on this machine that has these bundles."""
+    source = actor_here(BundleSource, list(bundles))
     try:
         yield source
     finally:

@@ -52,10 +52,10 @@ class Videos:
         """Yield the steps of some videos, and keep what they come to."""
         guided = self.request.is_guided
         with ExitStack() as stack:
-            both = stack.enter_context(device.load("transformer", {"batch": 2 if guided else 1}))
+            both = stack.enter_context(device.load("transformer", {"batch": (2 if guided else 1) * self.plan.at_once}))
             sessions = Sessions(both)
             if guided and any(policy is not None and policy.splits for policy in self.policies):
-                sessions = Sessions(both, stack.enter_context(device.load("transformer", {"batch": 1})))
+                sessions = Sessions(both, stack.enter_context(device.load("transformer", {"batch": self.plan.at_once})))
             for index in videos:
                 yield from self._denoised(device, sessions, index)
 

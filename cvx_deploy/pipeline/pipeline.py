@@ -240,9 +240,10 @@ class Pipeline:
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
                 ``width``, which pick one of the bundle's shapes, or a larger one that is made by windows of it, with
-                ``overlap``, the frames that those share at the least, and ``freenoise``; ``loop``, for a video whose
-                end leads back to its beginning; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
-                the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
+                ``overlap``, the frames that those share at the least, ``freenoise``, and ``windows_at_once``, how many
+                go through the transformer together; ``loop``, for a video whose end leads back to its beginning;
+                ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for the video of a pipeline in half precision; ``fast``,
+                or ``cache``, fixed or adaptive or a policy of
                 one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
                 ``resume``, the ``point`` of a step of an earlier run of the same video, to go on from there.
 
@@ -318,6 +319,7 @@ class Pipeline:
         overlap: int | None = None,
         freenoise: bool = False,
         loop: bool = False,
+        windows_at_once: int = 1,
         vae_tiling: bool = False,
         latents_dtype: Precision = "fp32",
         cache: CacheMode | PolicyMaker | None = None,
@@ -328,7 +330,9 @@ class Pipeline:
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
         size = ShapeChoice(num_frames, height, width)
-        bundle, windows = bundle_and_windows(self.bundle, size, overlap=overlap, freenoise=freenoise, loop=loop)
+        bundle, windows = bundle_and_windows(
+            self.bundle, size, overlap=overlap, freenoise=freenoise, loop=loop, at_once=windows_at_once
+        )
         shape, defaults = bundle.shape if windows is None else windows.shape, bundle.manifest.defaults
         request = RunRequest(
             prompts=() if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt),

@@ -16,7 +16,7 @@ from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.resume import ResumePoint
-from cvx_deploy.pipeline.windows import Windows
+from cvx_deploy.pipeline.windows import Windows, plan_for
 from cvx_deploy.precision import Precision
 
 Pixels = NDArray[np.float32]
@@ -169,8 +169,8 @@ class RunRequest:
         """The names of the fields that are not as they are by default."""
         changed = {field.name for field in fields(self) if _differs(getattr(self, field.name), field.default)}
         if self.windows is not None:
-            words = {"overlap", "freenoise", "loop"}
-            changed |= {word for word in words if getattr(self.windows, word) not in (None, False)}
+            changed |= {word for word in ("freenoise", "loop") if getattr(self.windows, word)}
+            changed |= {"overlap"} if self.windows.overlap is not None else set()
         return changed - (set() if self.prompts else {"prompts"})
 
 
@@ -191,7 +191,7 @@ def networks_needed(
         every = texts(request)
         if every and (prompt_cache is None or len(prompt_cache.read(every)) < len(every)):
             needed.append(("text_encoder", {"batch": 1}))
-        needed += [("modulation", {}), ("transformer", {"batch": batch})]
+        needed += [("modulation", {}), ("transformer", {"batch": batch * plan_for(bundle, request.windows).at_once})]
         if request.image is not None or request.video is not None:
             halves.append(cut.encoder(vae))
     for half in halves if not request.latents_only else halves[1:]:

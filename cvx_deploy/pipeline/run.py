@@ -127,6 +127,11 @@ def events(
     for role, sizes in networks_needed(backend.bundle, request, prompt_cache, 1 + len(others)):
         prefetch(backend, role, sizes)
     if request.parts_branches(1 + len(others)):
+        if plan.at_once > 1:
+            raise CvxError(
+                "the branches of one video run on two devices, and there windows go one after another",
+                fix="leave out --windows-at-once, or use one device",
+            )
         prefetch(others[0], "transformer", {"batch": 1})
     if request.from_latents is not None:
         latents = _read_latents(request.from_latents, plan)

@@ -138,10 +138,12 @@ class _Transformer:
 
     def __init__(self, backend: Backend, sessions: Sessions, conditions: Conditions) -> None:
         self._backend, self._sessions, self._conditions = backend, sessions, conditions
-        self._both = backend.to_device(conditions.prompt_embeds)  # the same at every step
+        copies = 1 if conditions.plan is None else conditions.plan.at_once
+        embeds = np.tile(conditions.prompt_embeds, (copies, 1, 1))  # the same at every step
+        self._both = backend.to_device(embeds)
         self.is_guided = len(conditions.prompt_embeds) == 2
         if self.is_guided and sessions.conditional is not None:
-            self._conditional = backend.to_device(conditions.prompt_embeds[1:])
+            self._conditional = backend.to_device(np.tile(conditions.prompt_embeds[1:], (copies, 1, 1)))
 
     def run(self, step: int, latents: Latents) -> Latents:
         """Return what it says of both branches."""

@@ -10,6 +10,7 @@ the others.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from cvx_deploy.shape import Shape
 Latents = NDArray[np.float32]  # (B, F, C, H, W)
 _SHARED = 0.25
 """The least share of a window that its neighbour in space has, too."""
+_MOST_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,24 @@ class Windows:
         overlap: Video frames that a window and the next one share at the least; None for half of a window.
         freenoise: Whether later frames start from the noise of earlier ones, shuffled (arXiv:2310.15169).
         loop: Whether its end leads back to its beginning.
+        at_once: How many windows go through the transformer together, each with both branches of guidance.
     """
 
     shape: Shape
     overlap: int | None = None
     freenoise: bool = False
     loop: bool = False
+    at_once: int = 1
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A window of latents: the places it takes of each axis, and what it counts for there, (F, 1, H, W)."""
+
+    frames: NDArray[np.int64]
+    rows: slice
+    columns: slice
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ class Plan:
         channels: Of the latents.
         padding: Latent frames in front that are no part of the video.
         temporal: Video frames that a latent frame spans.
-        freenoise: See `Windows`.
+        freenoise: See `Windows`; `at_once` likewise, and no more than there are.
     """
 
     shape: Shape
@@ -68,6 +82,7 @@ class Plan:
     padding: int
     temporal: int
     freenoise: bool = False
+    at_once: int = 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
@@ -113,21 +128,36 @@ class Plan:
         Args:
             turn: Which step it is.
             whole: (B, F, C, H, W).
-            say: Takes a window of it, and returns something of that size, but for batch and channels.
+            say: Takes as many windows of it as are shown at once, and returns something of their size, but for channels
+                and for the branches of each window, one after the other, in its place.
         """
         if self.count == 1 and not self.frames.ring:
             return say(whole)
+        cuts = self._cuts(turn)
         average: Latents | None = None
-        for frames, time in self.frames.cuts(turn):
-            for rows, down in self.rows.cuts():
-                for columns, across in self.columns.cuts():
-                    said = say(whole[:, frames][:, :, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-                    weights = time[:, None, None, None] * down[:, None] * across
-                    if average is None:
-                        average = np.zeros((len(said), len(whole[0]), said.shape[2], *whole.shape[3:]), np.float32)
-                    average[:, frames, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += weights * said
+        for start in range(0, len(cuts), self.at_once):
+            group = cuts[start : start + self.at_once]
+            parts = [whole[:, cut.frames, :, cut.rows, cut.columns] for cut in group]
+            said = say(np.concatenate(parts + parts[-1:] * (self.at_once - len(group))))
+            each = said.reshape(self.at_once, -1, *said.shape[1:])
+            if average is None:
+                average = np.zeros((each.shape[1], len(whole[0]), said.shape[2], *whole.shape[3:]), np.float32)
+            for cut, one in zip(group, each, strict=False):
+                average[:, cut.frames, :, cut.rows, cut.columns] += cut.weights * one
         assert average is not None
         return average
+
+    def _cuts(self, turn: int) -> list["_Cut"]:
+        across = product(self.frames.cuts(turn), self.rows.cuts(), self.columns.cuts())
+        return [
+            _Cut(
+                frames,
+                slice(rows[0], rows[-1] + 1),
+                slice(columns[0], columns[-1] + 1),
+                in_time[:, None, None, None] * in_height[:, None] * in_width,
+            )
+            for (frames, in_time), (rows, in_height), (columns, in_width) in across
+        ]
 
     def noise(self, generator: Generator) -> Latents:
         """Draw what the video starts from; with FreeNoise later frames are earlier ones, shuffled.
@@ -152,7 +182,13 @@ class Plan:
     def as_json(self) -> dict[str, object]:
         """What a report says of it: the windows' size, and where they begin along each axis, in latents."""
         starts = {"frames": self.frames.starts, "rows": self.rows.starts, "columns": self.columns.starts}
-        return {"of": str(self.window), "count": self.count, **starts, "freenoise": self.freenoise}
+        return {
+            "of": str(self.window),
+            "count": self.count,
+            **starts,
+            "freenoise": self.freenoise,
+            "loop": self.frames.ring,
+        }
 
     def __str__(self) -> str:
         axes = {"time": self.frames, "height": self.rows, "width": self.columns}
@@ -180,7 +216,7 @@ def plan_for(bundle: Bundle, windows: Windows | None) -> Plan:
         Axis.of(side // vae.spatial, own // vae.spatial, ceil(_SHARED * own / vae.spatial))
         for side, own in ((wanted.shape.height, window.height), (wanted.shape.width, window.width))
     )
-    return Plan(
+    plan = Plan(
         wanted.shape,
         window,
         Axis.of(length, inside, -(-overlap // period) * period, period, ring=wanted.loop),
@@ -191,6 +227,7 @@ def plan_for(bundle: Bundle, windows: Windows | None) -> Plan:
         temporal=vae.temporal,
         freenoise=wanted.freenoise,
     )
+    return replace(plan, at_once=min(wanted.at_once, plan.count))
 
 
 def bundle_and_windows(
@@ -201,6 +238,7 @@ def bundle_and_windows(
     overlap: int | None = None,
     freenoise: bool = False,
     loop: bool = False,
+    at_once: int = 1,
 ) -> tuple[Bundle, Windows | None]:
     """Return the bundle seen at the shape that is wanted, or at the largest that fits into it, and its windows.
 
@@ -208,7 +246,7 @@ def bundle_and_windows(
         bundle: At any shape.
         wanted: The video's size.
         from_latents: A file with its finished latents, whose size it has then.
-        overlap: See `Windows`; `freenoise` and `loop` likewise.
+        overlap: See `Windows`; `freenoise`, `loop` and `at_once` likewise.
 
     Raises:
         ShapeError: The bundle has no such shape, and none that fits; or its windows cannot make it.
@@ -222,8 +260,9 @@ def bundle_and_windows(
         wanted = ShapeChoice(held.frames, held.height, held.width)
     exact = next(filter(wanted.admits, bundle.shapes), None)
     if exact is not None and not loop:
-        if overlap is not None or freenoise:
-            word = "--freenoise" if freenoise else "--overlap"
+        words = {"--overlap": overlap is not None, "--freenoise": freenoise, "--windows-at-once": at_once != 1}
+        word = next((word for word, is_given in words.items() if is_given), None)
+        if word is not None:
             raise CvxError(f"{word} means nothing: the bundle makes {exact} in one window", fix=f"leave {word} out")
         return bundle.at(exact), None
     within = [shape for shape in bundle.shapes if _fits(shape, wanted.filled_up(shape), loop)]
@@ -233,7 +272,7 @@ def bundle_and_windows(
     shape = wanted.filled_up(largest.shape)
     if loop and wanted.frames is None:
         shape = replace(shape, frames=_least_loop(largest))
-    windows = Windows(shape, overlap, freenoise, loop)
+    windows = Windows(shape, overlap, freenoise, loop, at_once)
     plan_for(largest, windows)
     return largest, windows
 
@@ -291,6 +330,8 @@ def _check(bundle: Bundle, wanted: Windows) -> None:
         )
     if window.frames <= vae.temporal and shape.frames > window.frames:
         raise ShapeError(f"windows of {window.frames} frames share none", fix="use a shape of more frames")
+    if not 1 <= wanted.at_once <= _MOST_AT_ONCE:
+        raise ShapeError(f"{wanted.at_once} windows at once", fix=f"use --windows-at-once from 1 to {_MOST_AT_ONCE}")
     most = least - period
     if wanted.overlap is not None and not 0 <= wanted.overlap <= most:
         raise ShapeError(

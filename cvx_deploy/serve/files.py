@@ -101,6 +101,16 @@ class JobFiles:
         """Keep where the video stands."""
         point.save(self._point(mark))
 
+    def kept(self) -> dict[str, Path]:
+        """Return, by their names within the folder, the files that whoever makes the video next goes on from."""
+        folder = self.folder.resolve()
+        places = (*folder.glob("point-*.npz"), *Parts.place(folder / self.path("video").name).glob("[!.]*"))
+        return {str(path.relative_to(folder)): path for path in places}
+
+    def sources(self) -> dict[str, Path]:
+        """Return, likewise, the files that were there before it began."""
+        return {name: path for name in SOURCES if (path := self.folder / name).exists()}
+
     def _point(self, mark: str) -> Path:
         return self.folder / f"point-{mark}.npz"
 

@@ -17,7 +17,7 @@ from cvx_deploy.cluster.bundles import Known, at_hand
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.errors import CvxError
 from cvx_deploy.files import cache_folder, open_lock
-from cvx_deploy.serve.files import VARIANTS
+from cvx_deploy.serve.files import VARIANTS, JobFiles
 from cvx_deploy.serve.process import GoneError, Word, WorkerProcess
 
 Files = dict[str, bytes]
@@ -39,6 +39,7 @@ class NodeWorker:
         self._settings, self._bundles, self._source, self._version = settings, bundles, source, version
         self._process: WorkerProcess | None = None
         self._folder = _own_folder()
+        self._sent: dict[str, int] = {}  # of the running job: what the server has, by the time of its writing
 
     def start(self) -> Word | None:
         """Get the bundles and start the process; return the word that says why that cannot be."""
@@ -59,7 +60,7 @@ class NodeWorker:
     def say(self, words: Word, files: Files) -> None:
         """Tell the process something, after writing the files of the job that it is about."""
         if "job" in words:
-            words = words | {"folder": str(self._folder / words["job"])}
+            words, self._sent = words | {"folder": str(self._folder / words["job"])}, {}
             _write(Path(words["folder"]), files)
         if self._process is not None:
             self._process.say(words)
@@ -74,23 +75,27 @@ class NodeWorker:
         if word is None:
             return None
         folder = self._folder / str(word.get("job"))
-        files = _read(folder, word["event"])
+        files = self._news(JobFiles(folder), word["event"])
         if word["event"] in ("done", "failed", "cancelled", "stopped"):
             shutil.rmtree(folder, ignore_errors=True)
         return word, files
 
-
-def _read(folder: Path, event: str) -> Files:
-    if event == "saved":
-        return {path.name: path.read_bytes() for path in folder.glob("point-*.npz")}
-    if event == "done":
-        return {name: (folder / name).read_bytes() for name, _ in VARIANTS.values()}
-    return {}
+    def _news(self, files: JobFiles, event: str) -> Files:
+        """Return what the server has not got yet of what an event speaks of."""
+        if event == "done":
+            return {name: (files.folder / name).read_bytes() for name, _ in VARIANTS.values()}
+        if event != "saved":
+            return {}
+        there = {name: (path, path.stat().st_mtime_ns) for name, path in files.kept().items()}
+        news = {name: path.read_bytes() for name, (path, written) in there.items() if self._sent.get(name) != written}
+        self._sent = {name: written for name, (_, written) in there.items()}
+        return news
 
 
 def _write(folder: Path, files: Files) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 

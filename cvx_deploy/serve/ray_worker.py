@@ -7,15 +7,14 @@ import ray
 from ray.exceptions import RayError
 
 from cvx_deploy import __version__
+from cvx_deploy.bundle.schema import leads_outside
 from cvx_deploy.cluster.bundles import Known
 from cvx_deploy.files import staged_file
-from cvx_deploy.serve.files import SOURCES, VARIANTS
+from cvx_deploy.serve.files import JobFiles
 from cvx_deploy.serve.node import Files, NodeWorker
 from cvx_deploy.serve.process import GoneError, Word
 from cvx_deploy.serve.settings import ServeSettings
 from cvx_deploy.terminal import reason
-
-_POINTS = "point-*.npz"
 
 
 class RayWorkers:
@@ -61,9 +60,8 @@ class RayWorker:
         files: Files = {}
         if "job" in words:
             self._folder = Path(words["folder"])
-            files = {path.name: path.read_bytes() for path in self._folder.glob(_POINTS)}
-            sources = [path for name in SOURCES if (path := self._folder / name).exists()]
-            files |= {path.name: path.read_bytes() for path in sources}
+            there = JobFiles(self._folder)
+            files = {name: path.read_bytes() for name, path in (there.kept() | there.sources()).items()}
         self._actor.say.options(concurrency_group="saying").remote(words, files)
 
     def heard(self, seconds: float) -> Word | None:
@@ -95,13 +93,8 @@ class RayWorker:
         ray.kill(self._actor)
 
     def _keep(self, files: Files) -> None:
-        points = {name for name in files if name.startswith("point-")}
-        for name in files:
-            if name not in points | {known for known, _ in VARIANTS.values()}:
+        for name, content in files.items():
+            if leads_outside(name):
                 raise GoneError("sent a file that no worker makes")
             with staged_file(self._folder / name) as temporary:
-                temporary.write_bytes(files[name])
-        if points:
-            for path in self._folder.glob(_POINTS):
-                if path.name not in points:
-                    path.unlink(missing_ok=True)
+                temporary.write_bytes(content)

@@ -1,11 +1,13 @@
-"""A batch through Ray Data, with one of the cluster's nodes killed in its middle."""
+"""A batch through Ray, with one of the cluster's nodes killed in its middle."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.batch.test_batch import batch, line, manifest, written
@@ -46,3 +48,31 @@ def test_a_batch_through_ray_is_that_of_one_process_though_a_node_dies(tmp_path:
     alone = {record["id"]: record["sha256"] for record in manifest(tmp_path)}
     assert {one["id"]: one["sha256"] for one in map(json.loads, noted.read_text().splitlines())} == alone
     assert len(set(alone.values())) == 16, "the twin: videos of other seeds are others"
+
+
+def at_work(nodes: Nodes) -> list[psutil.Process]:
+    """Return the processes on a cluster's nodes that make a video now, as Ray names them."""
+    found = []
+    for process in psutil.Process(nodes.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ray::Maker.make" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.nightly
+def test_a_video_whose_workers_die_three_times_fails_and_the_batch_goes_on(tmp_path: Path) -> None:
+    file = written(tmp_path, line(id="long", seed=1, num_inference_steps=500))
+    with Nodes() as nodes:
+        process = through(nodes, file, tmp_path / "spread")
+        killed = 0
+        while process.poll() is None and killed < 3:
+            for worker in at_work(nodes):
+                time.sleep(1)
+                worker.kill()
+                worker.wait(10)
+                killed += 1
+            time.sleep(0.1)
+        out, err = process.communicate(timeout=400)
+    assert process.returncode == 1, err
+    assert json.loads(out)["failed"] == {"long": "its worker died 3 times"}

@@ -10,9 +10,10 @@ _PROGRAM = """
 import sys
 from ray.cluster_utils import Cluster
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+cluster = Cluster()
+cluster.add_node(wait=False, num_cpus=0, include_dashboard=False)
 nodes = [cluster.add_node(wait=False, num_cpus=1) for _ in range(2)]
-cluster.wait_for_nodes(timeout=120)
+cluster.wait_for_nodes(timeout=300)
 print(cluster.address, flush=True)
 for line in sys.stdin:
     if line == "kill\\n":
@@ -34,7 +35,7 @@ class Nodes:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_raylet_start_wait_time_s": "300",
         }
 
     def __enter__(self) -> Self:
@@ -44,6 +45,7 @@ class Nodes:
             command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True, env=self.environment
         )
         assert self._process.stdout is not None
+        self.pid = self._process.pid
         self.address = self._process.stdout.readline().strip()
         assert self.address, "the cluster did not come up"
         return self

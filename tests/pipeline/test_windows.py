@@ -133,6 +133,22 @@ def test_a_larger_video_is_the_weighted_average_of_its_windows(pipe: Pipeline, s
     assert np.abs(found - even).max() > 100 * WINDOWS_RELATIVE * np.abs(even).max(), "twin: other weights"
 
 
+@pytest.mark.parametrize(("at_once", "guidance_scale"), [(2, 1.0), (3, 2.0)])
+def test_windows_at_once_are_windows_one_by_one(pipe: Pipeline, at_once: int, guidance_scale: float) -> None:
+    how: dict[str, Any] = {"num_frames": 17, "height": 56, "output_type": "latent", "guidance_scale": guidance_scale}
+    apart = pipe(PROMPT, **how, **STEPS).latents
+    together = pipe(PROMPT, windows_at_once=at_once, **how, **STEPS).latents
+    assert np.abs(together - apart).max() < WINDOWS_RELATIVE * np.abs(apart).max()
+
+
+def test_twin_windows_that_change_places_are_seen(pipe: Pipeline) -> None:
+    plan = plan_for(pipe.bundle, Windows(LARGE, at_once=2))
+    whole = Generator(0).randn(plan.latent_shape)
+    straight = plan.averaged(0, whole, lambda parts: np.repeat(parts, 2, axis=0))
+    assert np.abs(straight - whole).max() < WINDOWS_RELATIVE
+    assert np.abs(plan.averaged(0, whole, lambda parts: np.repeat(parts[::-1], 2, axis=0)) - whole).max() > 1
+
+
 def test_a_larger_video_has_its_size_and_its_report_the_windows(pipe: Pipeline) -> None:
     video = pipe(PROMPT, num_frames=16, width=56, **STEPS)
     assert video.frames.shape == (1, 16, 48, 56, 3)
@@ -241,6 +257,8 @@ def test_windows_begin_at_whole_tokens_of_a_model_with_patches_in_time(exported:
         ({"num_frames": 17, "overlap": -1}, ShapeError, "cannot share -1"),
         ({"overlap": 4}, CvxError, "--overlap means nothing"),
         ({"freenoise": True}, CvxError, "--freenoise means nothing"),
+        ({"windows_at_once": 2}, CvxError, "--windows-at-once means nothing"),
+        ({"num_frames": 17, "windows_at_once": 0}, ShapeError, "0 windows at once"),
         ({"num_frames": 14, "loop": True}, ShapeError, "a loop of 14 frames"),
         ({"num_frames": 8, "loop": True}, ShapeError, "it has a multiple of 4, and 12 or more"),
         ({"num_frames": 5000}, ShapeError, "beyond 4096 frames"),

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from cvx_deploy.miniatures import miniature
 from cvx_deploy.pipeline.pipeline import Pipeline
 from tests.cluster.nodes import Nodes
 from tests.command import cvx
-from tests.serve.conftest import PROMPT, until
+from tests.serve.conftest import PROMPT
+from tests.serve.conftest import until as until_within
 
 pytest.importorskip("ray")
 
 STEPS = 80
+until = partial(until_within, patience=300)
+"""A cluster is a dozen processes beside those that are tested."""
 
 
 class Served:
@@ -69,7 +73,7 @@ class Served:
         return httpx.get(f"{self.url}/v1/videos/{video}/content").content
 
     def kinds(self, video: str, seen: list[tuple[str, dict[str, Any]]]) -> None:
-        with httpx.stream("GET", f"{self.url}/v1/videos/{video}/events", timeout=90) as stream:
+        with httpx.stream("GET", f"{self.url}/v1/videos/{video}/events", timeout=300) as stream:
             for line in stream.iter_lines():
                 if line.startswith("event: "):
                     kind = line.removeprefix("event: ")
