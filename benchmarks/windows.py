@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from report import conditions, write
 
 from cvx_deploy import Pipeline
 
