@@ -37,7 +37,7 @@ from cvx_deploy.quantize.recipe import NetworkPrecision
 from cvx_deploy.quantize.table import CalibrationTable
 
 _TYPES = {"INT8": torch.int8, "FLOAT8E4M3FN": torch.float8_e4m3fn}
-ALPHA = 0.5
+ALPHA = 0.7
 """SmoothQuant's strength: how much of an outlier moves into the weights; docs/quantization.md has why."""
 _ATTENTION = ("query", "key", "value")
 
