@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: add PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install torch==$(TORCH)
-	$(BIN)/pip install -e ".[export,bench,openvino,tensorrt-rtx,serve,dev]"
+	$(BIN)/pip install -e ".[export,bench,openvino,tensorrt-rtx,serve,ray,dev]"
 	@touch $@
 
 clean:

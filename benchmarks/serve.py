@@ -2,14 +2,18 @@
 
     python benchmarks/serve.py [--clients N] [--steady N] [--jobs N] [--kills N] [--output benchmarks/results/serve]
 
-Undisturbed, jobs a minute are held against as many processes that use the Python API and nothing else. Under kills
-every accepted job must end once, with the bytes that the Python API writes; the program fails where one does not.
+Undisturbed, jobs a minute are held against as many processes that use the Python API and nothing else, and processor
+seconds a job against theirs: clients, server and workers share the cores. A client looks at its job when the server's
+answers say that it makes sense, as OpenAI's own client does. Under kills every accepted job must end once, with the
+bytes that the Python API writes; the program fails where one does not. With
+--ray the workers are on the nodes of a Ray cluster on this machine, nodes are killed, and others join.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import signal
 import socket
@@ -29,10 +33,15 @@ import httpx
 import psutil
 from report import conditions, write
 
-TOOLS = ("onnxruntime", "numpy", "av", "fastapi", "uvicorn", "starlette", "httpx")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.cluster.nodes import Nodes
+
+TOOLS = ("onnxruntime", "numpy", "av", "fastapi", "uvicorn", "starlette", "httpx", "ray")
 PROMPT = "a red circle moves to the right"
 SEEDS = 8  # so many different videos are asked for, over and over
 ENDED = ("completed", "failed", "cancelled")
+_APART = 0.1  # seconds between two clients' first requests
 
 
 @dataclass
@@ -51,14 +60,15 @@ class Seen:
 class Server:
     """A server process that can be killed and started again at the same port."""
 
-    def __init__(self, data: Path, workers: int) -> None:
+    def __init__(self, data: Path, workers: int, *, ray: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         words = ("serve", "--port", self.port, "--data", data, "--workers", workers, "--threads", 1)
-        more = ("--queue", 100_000, "--jobs-per-key", 100_000)
-        self._command = [sys.executable, "-m", "cvx_deploy", *map(str, words + more)]
+        more = ("--engine", "onnxruntime", "--queue", 100_000, "--jobs-per-key", 100_000)
+        through = () if ray is None else ("--ray", ray)
+        self._command = [sys.executable, "-m", "cvx_deploy", *map(str, words + more + through)]
         self.data = data
         self.start()
 
@@ -89,10 +99,20 @@ class Server:
         own = psutil.Process(self.process.pid).memory_full_info().uss
         return {"server": own, "workers": sum(worker.memory_full_info().uss for worker in self.workers())}
 
+    def processor(self) -> dict[str, float]:
+        """Return the processor seconds of the server, and of those workers together that are there."""
+        return {"server": seconds_of(psutil.Process(self.process.pid)), "workers": sum(map(seconds_of, self.workers()))}
+
     def stop(self) -> None:
         """End it as a service manager does."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
+
+
+def seconds_of(process: psutil.Process) -> float:
+    """Return the processor seconds that a process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def wanted(number: int, steps: int) -> dict[str, Any]:
@@ -105,19 +125,29 @@ def bare(videos: int, steps: int, folder: Path) -> None:
     from cvx_deploy import Pipeline
 
     hashes: dict[int, str] = {}
-    with Pipeline.from_pretrained("mini", threads=1) as pipe:
+    with Pipeline.from_pretrained("mini", engine="onnxruntime", threads=1) as pipe:
         pipe(PROMPT, num_inference_steps=2)
         print("ready", flush=True)
         sys.stdin.readline()
-        start = time.monotonic()
+        start, used = time.monotonic(), time.process_time()
         for number in range(videos):
             [path] = pipe(PROMPT, seed=number % SEEDS, num_inference_steps=steps).save(folder / f"{number}.mp4")
             hashes[number % SEEDS] = hashlib.sha256(path.read_bytes()).hexdigest()
-        print(json.dumps({"seconds": time.monotonic() - start, "hashes": hashes}))
+        took = {"seconds": time.monotonic() - start, "processor": (time.process_time() - used) / videos}
+        print(json.dumps({**took, "hashes": hashes}))
 
 
-def bare_rate(workers: int, videos: int, steps: int) -> tuple[float, dict[int, str]]:
-    """Return how many videos a minute so many processes make, and the hash of each seed's file."""
+@dataclass(frozen=True)
+class Bare:
+    """What processes with the Python API alone did: videos a minute, processor seconds of one, a hash for each seed."""
+
+    rate: float
+    processor: float
+    hashes: dict[int, str]
+
+
+def bare_rate(workers: int, videos: int, steps: int) -> Bare:
+    """Return what so many processes did that made so many videos each."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--bare", str(videos), "--steps", str(steps), "--folder"]
         processes = []
@@ -135,7 +165,8 @@ def bare_rate(workers: int, videos: int, steps: int) -> tuple[float, dict[int, s
             process.stdin.flush()
         told = [json.loads(process.communicate()[0]) for process in processes]
     rate = sum(60 * videos / one["seconds"] for one in told)
-    return rate, {int(seed): digest for seed, digest in told[0]["hashes"].items()}
+    hashes = {int(seed): digest for seed, digest in told[0]["hashes"].items()}
+    return Bare(rate, statistics.mean(one["processor"] for one in told), hashes)
 
 
 def asked(client: httpx.Client, seen: Seen, method: str, path: str, **more: Any) -> tuple[httpx.Response, float]:
@@ -152,8 +183,8 @@ def asked(client: httpx.Client, seen: Seen, method: str, path: str, **more: Any)
         time.sleep(0.2)
 
 
-def one_job(client: httpx.Client, number: int, steps: int, seen: Seen, poll: float) -> None:
-    """Ask for a video under an idempotency key, poll until it has ended, and fetch it."""
+def one_job(client: httpx.Client, number: int, steps: int, seen: Seen) -> None:
+    """Ask for a video under an idempotency key, look at it when that makes sense until it has ended, and fetch it."""
     key = f"job-{number}"
     body, headers = wanted(number, steps), {"Idempotency-Key": key}
     answer, seconds = asked(client, seen, "POST", "/v1/videos", json=body, headers=headers)
@@ -163,7 +194,7 @@ def one_job(client: httpx.Client, number: int, steps: int, seen: Seen, poll: flo
     if seen.ids.setdefault(key, identifier) != identifier:
         raise SystemExit(f"{key} has two ids")
     while True:
-        time.sleep(poll)
+        time.sleep(int(answer.headers["openai-poll-after-ms"]) / 1000)
         answer, seconds = asked(client, seen, "GET", f"/v1/videos/{identifier}")
         answer.raise_for_status()
         seen.polls.append(seconds)
@@ -179,12 +210,13 @@ def one_job(client: httpx.Client, number: int, steps: int, seen: Seen, poll: flo
     seen.hashes[key] = hashlib.sha256(answer.content).hexdigest()
 
 
-def served(server: Server, clients: int, jobs: int, steps: int, poll: float) -> tuple[Seen, float]:
-    """Let clients share out the jobs; return what they saw, and the seconds to the end of the last."""
+def served(server: Server, clients: int, jobs: int, steps: int) -> tuple[Seen, float]:
+    """Let clients, who come in one by one, share out the jobs; return what they saw, and the seconds it took."""
     seen, numbers = Seen(), iter(range(jobs))
     lock = threading.Lock()
 
-    def client_of() -> None:
+    def client_of(place: int) -> None:
+        time.sleep(_APART * place)
         with httpx.Client(base_url=server.url, timeout=30) as client:
             while True:
                 with lock:
@@ -194,11 +226,11 @@ def served(server: Server, clients: int, jobs: int, steps: int, poll: float) -> 
                             seen.memory.append(server.memory())
                 if number is None:
                     return
-                one_job(client, number, steps, seen, poll)
+                one_job(client, number, steps, seen)
 
     start = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        for future in [pool.submit(client_of) for _ in range(clients)]:
+        for future in [pool.submit(client_of, place) for place in range(clients)]:
             future.result()
     return seen, time.monotonic() - start
 
@@ -221,6 +253,24 @@ def killing(server: Server, kills: int, pause: float) -> Iterator[list[str]]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     choice.choice(workers).kill()
                     killed.append("worker")
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    yield killed
+    done.set()
+    thread.join()
+
+
+@contextlib.contextmanager
+def nodes_dying(nodes: Nodes, kills: int, pause: float) -> Iterator[list[str]]:
+    """Kill a node of a cluster, and let another one join, while the block lasts."""
+    done, killed = threading.Event(), list[str]()
+
+    def kill() -> None:
+        while len(killed) < kills and not done.wait(pause):
+            nodes.kill()
+            killed.append("node")
+            nodes.add()
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
@@ -271,39 +321,47 @@ def latencies(seen: Seen) -> dict[str, float]:
     }
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything."""
+def undisturbed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a server that nothing is done to, and the Python API before and after it."""
     each = max(arguments.steady // arguments.workers // 4, SEEDS)
-    before, expected = bare_rate(arguments.workers, each, arguments.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder) / "steady", arguments.workers)
-        ready = server.wait_ready()
-        seen, seconds = served(server, arguments.clients, arguments.steady, arguments.steps, arguments.poll)
-        seen.memory.append(server.memory())
-        check(server, seen, expected, arguments.steady)
-        server.stop()
-        after, _ = bare_rate(arguments.workers, each, arguments.steps)
-        bare_per_minute = statistics.mean((before, after))
-        rate = 60 * arguments.steady / seconds
-        steady = {
-            "jobs": arguments.steady,
-            "seconds": round(seconds, 1),
-            "jobs_per_minute": round(rate, 1),
-            "bare_per_minute": [round(before, 1), round(after, 1)],
-            "of_bare": round(rate / bare_per_minute, 3),
-            "seconds_to_ready": round(ready, 1),
-            "milliseconds": latencies(seen),
-            "memory_bytes": seen.memory,
-        }
-        server = Server(Path(folder) / "chaos", arguments.workers)
-        server.wait_ready()
-        with killing(server, arguments.kills, arguments.pause) as killed:
-            seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps, arguments.poll)
-        server.wait_ready()
-        _, expected = bare_rate(1, SEEDS, arguments.chaos_steps)
-        check(server, seen, expected, arguments.jobs)
-        server.stop()
-    chaos = {
+    before = bare_rate(arguments.workers, each, arguments.steps)
+    server = Server(folder / "steady", arguments.workers)
+    ready = server.wait_ready()
+    used = {**server.processor(), "clients": time.process_time()}
+    seen, seconds = served(server, arguments.clients, arguments.steady, arguments.steps)
+    now = {**server.processor(), "clients": time.process_time()}
+    seen.memory.append(server.memory())
+    check(server, seen, before.hashes, arguments.steady)
+    server.stop()
+    after = bare_rate(arguments.workers, each, arguments.steps)
+    rate = 60 * arguments.steady / seconds
+    return {
+        "jobs": arguments.steady,
+        "seconds": round(seconds, 1),
+        "jobs_per_minute": round(rate, 1),
+        "bare_per_minute": [round(before.rate, 1), round(after.rate, 1)],
+        "of_bare": round(rate / statistics.mean((before.rate, after.rate)), 3),
+        "processor_seconds_a_job": {
+            **{who: round((now[who] - used[who]) / arguments.steady, 4) for who in used},
+            "bare": round(statistics.mean((before.processor, after.processor)), 4),
+        },
+        "polls_a_job": round(len(seen.polls) / arguments.steady, 2),
+        "seconds_to_ready": round(ready, 1),
+        "milliseconds": latencies(seen),
+        "memory_bytes": seen.memory,
+    }
+
+
+def under_kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kill workers and servers while clients ask, and check what came of every job."""
+    server = Server(folder / "chaos", arguments.workers)
+    server.wait_ready()
+    with killing(server, arguments.kills, arguments.pause) as killed:
+        seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps)
+    server.wait_ready()
+    check(server, seen, bare_rate(1, SEEDS, arguments.chaos_steps).hashes, arguments.jobs)
+    server.stop()
+    return {
         "jobs": arguments.jobs,
         "seconds": round(seconds, 1),
         "killed": {kind: killed.count(kind) for kind in ("worker", "server")},
@@ -311,21 +369,66 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "completed_with_the_same_bytes": len(seen.hashes),
         "failed_after_two_kills": len(seen.failed),
     }
-    return {"steady": steady, "chaos": chaos}
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything."""
+    with tempfile.TemporaryDirectory() as name:
+        return {"steady": undisturbed(Path(name), arguments), "chaos": under_kills(Path(name), arguments)}
+
+
+def measured_with_ray(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what comes of jobs whose nodes die."""
+    expected = bare_rate(1, SEEDS, arguments.chaos_steps).hashes
+    with tempfile.TemporaryDirectory() as folder, Nodes() as nodes:
+        os.environ.update(nodes.environment)
+        server = Server(Path(folder) / "ray", 2, ray=nodes.address)
+        ready = server.wait_ready()
+        with nodes_dying(nodes, arguments.kills, arguments.pause) as killed:
+            seen, seconds = served(server, arguments.clients, arguments.jobs, arguments.chaos_steps)
+        check(server, seen, expected, arguments.jobs)
+        server.stop()
+    return {
+        "jobs": arguments.jobs,
+        "seconds": round(seconds, 1),
+        "seconds_to_ready": round(ready, 1),
+        "nodes_killed": len(killed),
+        "milliseconds": latencies(seen),
+        "completed_with_the_same_bytes": len(seen.hashes),
+        "failed_after_two_kills": len(seen.failed),
+    }
+
+
+def lines_with_ray(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """Return what `measured_with_ray` returned as Markdown."""
+    head = f"{arguments.clients} clients, a Ray cluster of a head and two nodes with one CPU each on one machine"
+    killed = f"kill -9 of {results['nodes_killed']} nodes, each followed by a new one that joins"
+    return [
+        "# Serving through Ray",
+        "",
+        f"{head}, the miniature, {killed}: of {results['jobs']} accepted jobs of {arguments.chaos_steps} steps every "
+        f"one ended once, {results['completed_with_the_same_bytes']} with the bytes that the Python API writes and "
+        f"{results['failed_after_two_kills']} as failed, hit twice at the same place; nothing else was left. "
+        f"It took {results['seconds']} s.",
+    ]
 
 
 def lines_of(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     """Return the results as Markdown."""
     steady, chaos = results["steady"], results["chaos"]
-    first, last = steady["memory_bytes"][1], steady["memory_bytes"][-1]
-    mib = {name: f"{first[name] / 2**20:.0f} to {last[name] / 2**20:.0f}" for name in ("server", "workers")}
+    mib = {who: ", ".join(f"{one[who] / 2**20:.0f}" for one in steady["memory_bytes"]) for who in ("server", "workers")}
+    used = steady["processor_seconds_a_job"]
+    share = used["bare"] / sum(used[who] for who in ("server", "workers", "clients"))
     rows = [
         ("jobs, steps each", f"{steady['jobs']}, {arguments.steps}"),
         ("jobs a minute", steady["jobs_per_minute"]),
         ("the Python API alone, before and after", " and ".join(map(str, steady["bare_per_minute"]))),
         ("share of it", steady["of_bare"]),
         *((f"{name}, ms", value) for name, value in steady["milliseconds"].items()),
-        ("private memory of the server, MiB, after a tenth of the jobs and at the end", mib["server"]),
+        ("looks at a job", steady["polls_a_job"]),
+        *((f"processor, ms a job: {who}", round(1000 * value, 1)) for who, value in used.items()),
+        ("the Python API's share of what server, workers and clients use", f"{share:.3f}"),
+        ("private memory of the server, MiB, after each tenth of the jobs", mib["server"]),
         ("the same of its workers together", mib["workers"]),
     ]
     head = f"{arguments.clients} clients, {arguments.workers} workers with one thread each, the miniature"
@@ -356,7 +459,7 @@ def main() -> None:
     parser.add_argument("--chaos-steps", type=int, default=50, help="steps of each of them")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between two kills")
-    parser.add_argument("--poll", type=float, default=0.5, help="seconds between two polls of a client")
+    parser.add_argument("--ray", action="store_true", help="kill nodes of a Ray cluster, and do no more")
     parser.add_argument("--note", default="nothing else ran", help="what else used the machine, for the report")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "serve")
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
@@ -365,13 +468,17 @@ def main() -> None:
     if arguments.bare is not None:
         bare(arguments.bare, arguments.steps, arguments.folder)
         return
-    names = ("clients", "workers", "steady", "steps", "jobs", "chaos_steps", "kills", "pause", "poll")
+    names = ("clients", "workers", "steady", "steps", "jobs", "chaos_steps", "kills", "pause")
     told = conditions(
         TOOLS,
         arguments.note,
         video="the packaged miniature mini: 9x48x48, guidance 2, fp32, mp4, onnxruntime, one thread a worker",
         **{name: getattr(arguments, name) for name in names},
     )
+    if arguments.ray:
+        results = measured_with_ray(arguments)
+        write(arguments.output.with_name("serve_ray"), told, results, lines_with_ray(results, arguments))
+        return
     results = measured(arguments)
     write(arguments.output, told, results, lines_of(results, arguments))
 

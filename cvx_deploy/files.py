@@ -38,14 +38,14 @@ def sums_of(hashes: dict[str, str]) -> bytes:
 
 
 def cache_folder(name: str) -> Path:
-    """Return the user's folder for what may be thrown away at any time; it need not be there yet.
+    """Return a folder of the user's for what may be thrown away at any time; it need not be there yet."""
+    return cache_root() / name
 
-    It is ``CVX_CACHE_DIR`` where that is set, else ``cvx-deploy`` in ``XDG_CACHE_HOME``, else in ``~/.cache``.
-    """
+
+def cache_root() -> Path:
+    """Return ``CVX_CACHE_DIR`` where that is set, else ``cvx-deploy`` in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
     own = os.environ.get("CVX_CACHE_DIR")
-    if own:
-        return Path(own) / name
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvx-deploy" / name
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvx-deploy"
 
 
 def free_space(folder: Path) -> int:

@@ -15,7 +15,8 @@ from cvx_deploy.bundle.opened import MANIFEST, Bundle, may_replace
 from cvx_deploy.bundle.schema import SCHEMA_VERSION, Defaults, Manifest, Network, ShapeEntry, StoredFile, WeightFile
 from cvx_deploy.errors import CheckpointError, ShapeError
 from cvx_deploy.exporters.cogvideox.tokenizer import disagreement, write_tokenizer_json
-from cvx_deploy.exporters.networks import contracts_for
+from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
+from cvx_deploy.exporters.networks import check_longer, contracts_for
 from cvx_deploy.exporters.quantization.quantized import QuantizedComponent, Quantizing, quantize_components
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.fit import check_fit
@@ -53,6 +54,8 @@ class ExportRequest:
         source: Where `checkpoint` was fetched from, such as a hub id; None for a folder of the user's own.
         revision: The commit that was fetched.
         quantizing: How, where the precision asks for it.
+        riflex: Whether positions are changed in the shapes that are longer than the model can tell apart; see
+            `cogvideox.riflex`.
         rewrites: Which of `cvx_deploy.graph.rewrites.REWRITES` to apply to every graph; None for all.
     """
 
@@ -70,6 +73,7 @@ class ExportRequest:
     source: str | None = None
     revision: str | None = None
     quantizing: Quantizing = field(default_factory=Quantizing)
+    riflex: bool = False
     rewrites: Collection[str] | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +93,9 @@ def bundle_from_checkpoint(request: ExportRequest, output: Path, progress: Progr
     recipe = recipe_of(request, checkpoint)
     request.quantizing.check(recipe)
     SchedulerConfig.from_config(checkpoint.configs["scheduler"])  # a run would refuse it, after all the work here
-    contracts, entries = named_contracts({shape: contracts_for(checkpoint, shape, recipe) for shape in shapes})
+    contracts, entries = named_contracts(
+        {shape: contracts_for(checkpoint, shape, recipe, riflex=request.riflex) for shape in shapes}
+    )
     _check_components(checkpoint, contracts)
     for note in checkpoint.notes:
         progress.note(note)
@@ -138,7 +144,10 @@ def check_request(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape
     """Return the shapes asked for, after making sure that the checkpoint is the model asked for and can do them."""
     checkpoint.require_model(request.model)
     check_fit(checkpoint)
-    return shapes_of(request, checkpoint)
+    shapes = shapes_of(request, checkpoint)
+    if request.riflex:
+        check_longer(checkpoint, shapes)
+    return shapes
 
 
 def shapes_of(request: ExportRequest, checkpoint: Checkpoint) -> tuple[Shape, ...]:
@@ -219,6 +228,7 @@ def _write_network(
         contract.state,
         contract.precision,
         None if quantized is None else quantized.entry,
+        contract.riflex if isinstance(contract, TransformerContract) else None,
     )
 
 

@@ -33,6 +33,7 @@ _CALIBRATE = "cvx_deploy.exporters.quantization.calibrate"
 
 # What exports trace here is kept here, and found by every test that traces the same, in other processes too.
 os.environ["CVX_CACHE_DIR"] = str(CACHE)
+os.environ["CVX_ENGINE"] = "onnxruntime"  # what auto means, for the same results on every machine
 
 Tiny = Callable[[str], Path]
 Exported = Callable[..., Bundle]

@@ -35,6 +35,7 @@ COMMANDS = [
     "run",
     "quantize",
     "calibrate-cache",
+    "cache",
     "bench",
     "check",
     "plan",
@@ -44,6 +45,8 @@ COMMANDS = [
     "pack",
     "unpack",
     "serve",
+    "triton",
+    "batch",
     "completion",
 ]
 HEAVY = {"rich", "numpy", "torch", "onnxruntime", "diffusers", "transformers", "av", "PIL", "tokenizers", "onnx_ir"}
@@ -393,6 +396,9 @@ def test_run_prints_its_videos_and_times(exported: Exported, tmp_path: Path) -> 
         "cached_prompts": 0,
         "steps": [],
         "branches_apart": False,
+        "windows": None,
+        "fps": 8,
+        "interpolated": [],
         "shape": "9x80x112",
         "engine": "onnxruntime",
         "precision": "fp32",

@@ -115,6 +115,11 @@ def lora(folder: Path) -> Path:
     return folder / "lora.safetensors"
 
 
+def script(folder: Path) -> Path:
+    (folder / "script.txt").write_text("# what is shown\n\n0 a red circle moves to the right\n")
+    return folder / "script.txt"
+
+
 def cached_prompt(folder: Path) -> Path:
     words = ["run", "--prompt", "x", "--steps", "1", "--threads", "1", "--prompt-cache", folder / "cache", "-q"]
     assert cvx(*words, "--output", folder / "first.npy").code == 0
@@ -144,6 +149,7 @@ FORMATS = {
     "png": Format(image(".png"), lambda _, file: run("--image", file)),
     "jpeg": Format(image(".jpg"), lambda _, file: run("--image", file)),
     "video": Format(video, lambda _, file: run("--video", file)),
+    "script": Format(script, lambda _, file: ["run", "--script", file, "--seconds", "1", *run()[3:]]),
     "table": Format(table, lambda _, file: ["quantize", "--show", file]),
     "exclusions": Format(exclusions, lambda folder, file: [*_export(folder, file), "--exclude", file]),
     "lora": Format(lora, lambda folder, file: ["export", "--model", "mini", "--checkpoint", miniature("mini"),

@@ -9,7 +9,19 @@ import pytest
 from tests.conftest import ROOT
 
 ROOMS = (
-    *("errors", "install", "terminal", "progress", "reading", "precision", "bounds", "shape", "files", "miniatures"),
+    *(
+        "errors",
+        "install",
+        "terminal",
+        "progress",
+        "reading",
+        "precision",
+        "bounds",
+        "shape",
+        "files",
+        "kept",
+        "miniatures",
+    ),
     *(
         "families",
         "bundle",
@@ -17,13 +29,15 @@ ROOMS = (
         "graph",
         "quantize",
         "engines",
+        "estimate",
         "media",
         "pipeline",
+        "longer",
         "exporters",
         "diffusers",
         "parity",
     ),
-    *("bench", "estimate", "doctor", "testing", "pytest_plugin", "serve", "cli", "__main__"),
+    *("bench", "doctor", "testing", "pytest_plugin", "cluster", "batch", "serve", "cli", "__main__"),
 )
 """From the ground up: a room imports from those before it only. Folders of the package, and its single files."""
 

@@ -40,3 +40,10 @@ FORECAST_ROUNDING = 2e-5
 
 ROUNDED_OTHERWISE = 2e-3
 """Largest share of half-precision values that differ, by one step: float32 values 5e-7 apart on two sides of a tie."""
+
+WINDOWS_RELATIVE = 2e-4
+"""Largest difference of latents averaged over windows here and by hand over the largest value: float32 sums in another
+order, through two steps of a network."""
+
+LOOP_PSNR = 30.0
+"""Least PSNR in dB of a loop's last frame and its first, and of one loop decoded from two beginnings."""

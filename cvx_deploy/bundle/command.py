@@ -29,6 +29,7 @@ def export_command(path: Path, manifest: Manifest, shapes: Iterable[Shape]) -> s
     quantizations = (network.quantization for network in manifest.networks.values())
     flags = {
         "--copy-weights": all(entry.in_bundle for entry in manifest.weights.values()),
+        "--riflex": any(network.riflex for network in manifest.networks.values()),
         "--quantize-attention": any(found and found.attention for found in quantizations),
     }
     return shlex.join(["cvx-deploy", "export", *words, *(flag for flag, is_set in flags.items() if is_set)])

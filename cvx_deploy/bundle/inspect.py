@@ -25,6 +25,9 @@ def _lines(bundle: Bundle) -> Iterator[str]:
         yield f"{name}  {network.file.path}  {_size(network.file.size)}  {_precision(network)}"
         yield from (f"  in   {_tensor(spec)}" for spec in network.inputs if spec.name not in network.state)
         yield from (f"  out  {_tensor(spec)}" for spec in network.outputs if spec.name not in network.state.values())
+        if network.riflex is not None:
+            riflex = network.riflex
+            yield f"  positions for {riflex.tokens} tokens along time: frequency {riflex.component} lowered"
         if network.state:
             count = len(network.state)
             yield f"  and {count} causal cache{'s' * (count != 1)}, handed from one chunk to the next"

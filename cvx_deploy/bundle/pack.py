@@ -86,6 +86,11 @@ def unpack(file: Path, output: Path, progress: Progress) -> Bundle:
     return Bundle.open(output)
 
 
+def identity(bundle: Bundle) -> str:
+    """Return a hash of all that a bundle holds, the same wherever it and its weights lie: of its packed manifest."""
+    return hashlib.sha256(_portable(bundle.manifest).to_json()).hexdigest()
+
+
 def _portable(manifest: Manifest) -> Manifest:
     """Return the manifest of the packed bundle: all weights inside, none of a known time, so that each is hashed."""
     return replace(

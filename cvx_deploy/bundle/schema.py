@@ -128,12 +128,26 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Riflex:
+    """The temporal frequency of rotary positions that was lowered for a longer video (RIFLEx, arXiv:2502.15894).
+
+    Attributes:
+        component: Which, from 1, as the paper counts.
+        tokens: Along time, of the video: its new period is tokens / 0.9.
+    """
+
+    component: Positive
+    tokens: Positive
+
+
+@dataclass(frozen=True)
 class Network:
     """One ONNX graph and its interface.
 
     Attributes:
         state: Input name to output name, for tensors that one run hands to the next (the VAE's causal caches).
         precision: What it computes in, but for what `quantization` says.
+        riflex: Of a transformer, which of its positions were changed for a longer video; None where none were.
     """
 
     file: StoredFile
@@ -143,6 +157,7 @@ class Network:
     state: dict[str, str]
     precision: Precision
     quantization: Quantization | None = None
+    riflex: Riflex | None = None
 
     def __post_init__(self) -> None:
         if not {spec.name for spec in self.outputs}.issuperset(self.state.values()):

@@ -19,7 +19,20 @@ def __getattr__(name: str) -> Any:
     """Import the commands only when they are asked for: `main` hears Ctrl-C before that takes its time."""
     if name != "cli":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cvx_deploy.cli import bundles, cache, checkpoints, checks, engines, measures, quantize, serve, videos  # noqa: F401
+    from cvx_deploy.cli import (  # noqa: F401
+        batch,
+        bundles,
+        cache,
+        cached,
+        checkpoints,
+        checks,
+        engines,
+        measures,
+        quantize,
+        serve,
+        triton,
+        videos,
+    )
     from cvx_deploy.cli.group import cli
 
     return cli

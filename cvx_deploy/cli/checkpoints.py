@@ -79,11 +79,16 @@ def synth(like: str, scale: str, output: Path, seed: int, outliers: bool, progre
 @sizes("A video size, such as 49x480x720; again for more in the bundle.", "the model's", several=True)
 @click.option(
     "--precision",
-    default="fp32",
-    show_default=True,
     metavar="PRECISION",
-    callback=precision_text,
-    help="fp32, fp16, bf16 (not for ONNX Runtime on a CPU), or quantized: int8, int8wo, int4wo, fp8. See below.",
+    callback=lambda *given: None if given[-1] is None else precision_text(*given),
+    help="fp32, fp16, bf16 (not for ONNX Runtime on a CPU), or quantized: int8, int8wo, int4wo, fp8. See below. "
+    "Default: fp32.",
+)
+@click.option(
+    "--for",
+    "target",
+    metavar="TARGET",
+    help="Choose the precision for a machine, and say why: cpu for this one's, or a GPU such as rtx4090 or h100.",
 )
 @click.option(
     "--calibration",
@@ -107,6 +112,11 @@ def synth(like: str, scale: str, output: Path, seed: int, outliers: bool, progre
     help="A fine-tuned transformer in place of the checkpoint's.",
 )
 @LORAS
+@click.option(
+    "--riflex",
+    is_flag=True,
+    help="For sizes longer than the model was trained on: lower one frequency of its positions (arXiv:2502.15894).",
+)
 @click.option("--copy-weights", is_flag=True, help="Put the weights into the bundle instead of pointing at them.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: NAME in the engines folder.")
 @ENGINES_DIR
@@ -118,6 +128,8 @@ def export(
     shape: tuple[Shape, ...],
     output: Path | None,
     engines_dir: Path,
+    precision: str | None,
+    target: str | None,
     calibration: Path | None,
     calibration_any_shape: bool,
     exclude: tuple[str, ...],
@@ -139,16 +151,26 @@ def export(
       cvx-deploy export --model 5b
       cvx-deploy export --model 5b --checkpoint checkpoints/CogVideoX-5b --frames 25
       cvx-deploy export --model 5b --shape 49x480x720 --shape 25x480x720 --lora style.safetensors:0.8
+      cvx-deploy export --model 5b --for rtx4090
       cvx-deploy export --model 5b --precision int8wo
       cvx-deploy export --model 5b --precision int8/fp32 --calibration 5b.calibration.safetensors
     """
     need_export_extra()
     from dataclasses import asdict
 
+    from cvx_deploy.estimate.target import precision_for
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
     from cvx_deploy.exporters.quantization.quantized import Quantizing
     from cvx_deploy.quantize.layers import excluded_places
 
+    if target is not None:
+        if precision is not None:
+            raise click.UsageError("give --precision or --for")
+        largest = max(shape, key=lambda size: size.frames * size.height * size.width, default=None)
+        chosen = precision_for(target, MODELS.get(model), largest, calibrated=calibration is not None)
+        progress.note(f"for {target}: {chosen}")
+        precision = chosen.precision
+    options["precision"] = precision or "fp32"
     quantizing = Quantizing(calibration, calibration_any_shape, excluded_places(exclude), quantize_attention)
     request = ExportRequest(model=model, checkpoint=Path(), shapes=shape, quantizing=quantizing, **options)
     request = fetched(request, checkpoint, offline, progress)

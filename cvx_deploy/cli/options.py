@@ -31,6 +31,7 @@ SEED = click.IntRange(LOWEST_SEED, HIGHEST_SEED)
 _SIDE = click.IntRange(max=LONGEST_SIDE)
 
 _MAKING = {
+    "batch",
     "run",
     "export",
     "convert",
@@ -42,6 +43,7 @@ _MAKING = {
     "bench",
     "pack",
     "unpack",
+    "triton",
 }
 """The commands whose result lies in files, and on stdout is told of only."""
 
@@ -164,6 +166,28 @@ ENGINES_DIR = click.option(
     show_default=True,
     show_envvar=True,
     help="The folder that holds bundles by their names.",
+)
+
+
+def ray_address_of(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
+    """Refuse what is no address of a Ray cluster."""
+    if (
+        address is not None
+        and address != "here"
+        and not re.fullmatch(r"[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", address)
+    ):
+        raise click.BadParameter(f"{address!r} is not the HOST:PORT of a cluster's head, such as 10.0.0.1:6379")
+    return address
+
+
+RAY = click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="here",
+    callback=ray_address_of,
+    metavar="[HOST:PORT]",
+    help="Work through Ray, on all nodes of this cluster; without an address on one that ends with this command.",
 )
 
 

@@ -1,6 +1,7 @@
 """The command that serves videos over HTTP."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import click
 
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, Result, bytes_of, need_extra, plain_name, reporting
+from cvx_deploy.cli.options import ENGINES_DIR, RAY, Result, bytes_of, need_extra, plain_name, reporting
 from cvx_deploy.cli.videos import devices_of
-from cvx_deploy.engines.registry import ENGINES, engine_spec
+from cvx_deploy.engines.auto import AUTO, CHOICES, chosen
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.errors import CvxError
 from cvx_deploy.miniatures import bundle_folder
@@ -37,11 +39,13 @@ def _plain_names(context: click.Context, parameter: click.Parameter, names: tupl
     help="A bundle of the engines folder, or a miniature; again for more. The first is what clients get by default.",
 )
 @ENGINES_DIR
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs them.")
+@click.option("--engine", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="What runs them.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads a worker. Default: its share.")
 @click.option("--devices", type=devices_of, metavar="N[,N]", help="GPUs, one worker each. Default: 0.")
 @click.option(
-    "--workers", type=click.IntRange(1, _MOST_WORKERS), help="Worker processes of an engine on CPUs. Default: 1."
+    "--workers",
+    type=click.IntRange(1, _MOST_WORKERS),
+    help="Worker processes of an engine on CPUs. Default: 1; with --ray, all that have room.",
 )
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
@@ -77,8 +81,11 @@ def _plain_names(context: click.Context, parameter: click.Parameter, names: tupl
     show_default=True,
     help="Seconds without a sign of life after which a worker is taken to hang.",
 )
+@RAY
 @reporting
-def serve(new_key: str | None, api_keys: Path | None, progress: Progress, **options: Any) -> Result:
+def serve(
+    new_key: str | None, api_keys: Path | None, ray_address: str | None, progress: Progress, **options: Any
+) -> Result:
     """Serve videos over HTTP: OpenAI's video API, with a queue that loses nothing.
 
     docs/serving.md describes the API and its limits. Needs the extra serve.
@@ -87,6 +94,7 @@ def serve(new_key: str | None, api_keys: Path | None, progress: Progress, **opti
     Examples:
       cvx-deploy serve
       cvx-deploy serve --model 5b --engine tensorrt --devices 0,1
+      cvx-deploy serve --model 5b --engine tensorrt --ray 10.0.0.1:6379
       cvx-deploy serve --api-keys keys.txt --new-key alice
       cvx-deploy serve --model 5b --host 0.0.0.0 --api-keys keys.txt
     """
@@ -100,8 +108,32 @@ def serve(new_key: str | None, api_keys: Path | None, progress: Progress, **opti
         return {"name": new_key, "key": key, "file": str(api_keys)}, key
     from cvx_deploy.serve.server import serve as serve_until_ended
 
-    counts = serve_until_ended(_settings(api_keys=api_keys, **options), progress)
+    if ray_address is None:
+        counts = serve_until_ended(_settings(api_keys=api_keys, progress=progress, **options), progress)
+    else:
+        counts = _through_ray(ray_address, progress, api_keys=api_keys, **options)
     return {"jobs": counts}, ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def _through_ray(address: str, progress: Progress, **options: Any) -> dict[str, Any]:
+    need_extra("ray", "ray")
+    from cvx_deploy.cluster.joined import joined
+
+    if options["devices"] is not None:
+        raise click.UsageError("--devices means nothing with --ray, which gives every worker a GPU; use --workers")
+    settings = _settings(**options | {"workers": None}, progress=progress, elsewhere=True)
+    on_gpu = engine_spec(settings.engine).on_gpu
+    with joined(address) as cluster:
+        from cvx_deploy.cluster.bundles import Known
+        from cvx_deploy.cluster.source import source_of
+        from cvx_deploy.serve.ray_worker import RayWorkers
+        from cvx_deploy.serve.server import serve as serve_until_ended
+
+        workers, cpus = cluster.workers(on_gpu=on_gpu, workers=options["workers"], threads=options["threads"])
+        threads = None if on_gpu else cpus
+        settings = replace(settings, devices=tuple(range(workers)), options=replace(settings.options, threads=threads))
+        with source_of([Known.of(bundle) for bundle in settings.models.values()]) as source:
+            return serve_until_ended(settings, progress, RayWorkers(settings, cpus, source).hire)
 
 
 def _settings(
@@ -117,11 +149,15 @@ def _settings(
     jobs_per_key: int,
     retention: float,
     no_auth: bool,
+    progress: Progress,
     **options: Any,
 ) -> Any:
     from cvx_deploy.bundle.opened import Bundle
     from cvx_deploy.serve.settings import Limits, ServeSettings
 
+    bundles = {name: Bundle.open(bundle_folder(name, engines_dir)) for name in models}
+    how = EngineOptions(threads=threads, vram=vram)
+    engine = chosen(engine, bundles[models[0]], how, devices=devices or (), progress=progress)
     on_gpu = engine_spec(engine).on_gpu
     if devices is not None and not on_gpu:
         raise click.UsageError(f"--devices means nothing to --engine {engine}; use --workers")
@@ -130,9 +166,9 @@ def _settings(
     if workers is not None and workers > (os.cpu_count() or 1) and threads is None:
         raise CvxError(f"{workers} workers on {os.cpu_count()} cores", fix="use fewer --workers, or say --threads 1")
     return ServeSettings(
-        {name: Bundle.open(bundle_folder(name, engines_dir)) for name in models},
+        bundles,
         engine=engine,
-        options=EngineOptions(threads=threads, vram=vram),
+        options=how,
         devices=devices or tuple(range(workers or 1)),
         open_to_all=no_auth,
         retention=retention * 3600,

@@ -1,23 +1,28 @@
 """The command that makes videos."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
 
 from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
+from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.registry import ENGINES, engine_spec
-from cvx_deploy.engines.residency import Policy
+from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
 from cvx_deploy.terminal import LONGEST_PATH, safe
+
+if TYPE_CHECKING:
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.pipeline.pipeline import Pipeline
 
 _DEVICES = "GPUs to spread videos over; two run both branches of guidance of a single one at once. Default: 0."
 
@@ -99,12 +104,31 @@ def devices_of(text: str) -> tuple[int, ...]:
     help="Save a picture of some frames as well.",
 )
 @sizes("Which of the bundle's sizes. Default: its first, or what the latents fit.", "any", several=False)
+@long_options
+@click.option(
+    "--fps",
+    type=click.IntRange(1, 120),
+    help="Frames a second of the file; those between the model's own are made by optical flow. Default: the model's.",
+)
+@click.option(
+    "--freenoise", is_flag=True, help="For windows: start later frames from the noise of earlier ones, shuffled."
+)
+@click.option(
+    "--windows-at-once",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Windows that go through the transformer together, each with both branches of guidance. An engine of "
+    "TensorRT's, built for a batch of 2, holds two without guidance.",
+)
+@click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
-    default="onnxruntime",
+    type=click.Choice(CHOICES),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks. The tensorrt engines need cvx-deploy build first.",
+    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
+    "cvx-deploy build first.",
 )
 @click.option(
     "--threads",
@@ -113,6 +137,12 @@ def devices_of(text: str) -> tuple[int, ...]:
 )
 @click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
 @click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@click.option(
+    "--ram",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory that an engine on a CPU may use, mapped weights left out. Default: all that this process may have.",
+)
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Launch a tensorrt engine's kernels one by one, without CUDA graphs."
 )
@@ -132,11 +162,10 @@ def devices_of(text: str) -> tuple[int, ...]:
 def run(
     path: Path,
     engine: EngineName,
-    steps: int | None,
-    guidance_scale: float | None,
     threads: int | None,
     devices: tuple[int, ...] | None,
     vram: int | None,
+    ram: int | None,
     no_cuda_graphs: bool,
     prompt_cache: Path | None,
     check_finite: bool,
@@ -145,7 +174,10 @@ def run(
     frames: int | None,
     height: int | None,
     width: int | None,
-    output: str,
+    long: Long,
+    freenoise: bool,
+    loop: bool,
+    windows_at_once: int,
     progress: Progress,
     **options: Any,
 ) -> Result:
@@ -164,32 +196,52 @@ def run(
     from cvx_deploy.pipeline.combinations import check_combination
     from cvx_deploy.pipeline.pipeline import Pipeline
     from cvx_deploy.pipeline.request import RunRequest
-    from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
+    from cvx_deploy.pipeline.shapes import ShapeChoice
+    from cvx_deploy.pipeline.windows import bundle_and_windows
 
     # One prompt needs each network once: then those of one phase alone are held.
-    residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
-    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency)
+    several = len(options["prompts"]) > 1
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if several else "phase", ram)
     _check_engine(engine, how, devices)
     check_combination(_given())
+
+    def opened(bundle: "Bundle", resident: bool) -> "Pipeline":
+        return Pipeline(
+            bundle,
+            engine,
+            replace(how, residency="resident" if resident else "phase"),
+            devices=devices or (),
+            check_finite=check_finite,
+            prompt_cache=prompt_cache,
+            progress=progress,
+        )
+
     bundle = open_bundle(path, checkpoint)
     defaults = bundle.manifest.defaults
-    if options["from_latents"] is None:
-        options["steps"] = defaults.steps if steps is None else steps
-        options["guidance_scale"] = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    request = RunRequest(output=output, **options)
     wanted = ShapeChoice(shape.frames, shape.height, shape.width) if shape else ShapeChoice(frames, height, width)
-    bundle = bundle_at(bundle, wanted, request.from_latents)
-    opened = Pipeline(
+    count = long.frames(wanted.frames, bundle.manifest.fps)
+    way = way_of(long, bundle, count, wanted.height, wanted.width, windows=freenoise or loop or windows_at_once > 1)
+    if way == "chain":
+        return chain_result(long, bundle, opened, count, (wanted.height, wanted.width), options, progress)
+    if options["from_latents"] is None:
+        options["steps"] = defaults.steps if options["steps"] is None else options["steps"]
+        if options["guidance_scale"] is None:
+            options["guidance_scale"] = defaults.guidance_scale
+    else:
+        options = {key: value for key, value in options.items() if value is not None}
+    request = RunRequest(**options)
+    bundle, windows = bundle_and_windows(
         bundle,
-        engine,
-        how,
-        devices=devices or (),
-        check_finite=check_finite,
-        prompt_cache=prompt_cache,
-        progress=progress,
+        replace(wanted, frames=count),
+        request.from_latents,
+        overlap=long.overlap,
+        freenoise=freenoise,
+        loop=loop,
+        at_once=windows_at_once,
     )
-    with opened as pipeline:
-        report = pipeline.run(request)
+    request = replace(request, windows=windows)
+    with opened(bundle, several) as pipeline:
+        engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)
     if report.branches_apart:
@@ -203,7 +255,10 @@ def run(
         "cached_prompts": report.cached_prompts,
         "steps": [asdict(report.steps[video]) for video in sorted(report.steps)],
         "branches_apart": report.branches_apart,
-        "shape": str(bundle.shape),
+        "fps": report.fps,
+        "interpolated": report.interpolated,
+        "shape": str(bundle.shape if windows is None else windows.shape),
+        "windows": None if report.windows is None else report.windows.as_json,
         "engine": engine,
         "precision": bundle.manifest.precision,
         "bundle": str(path),
@@ -219,12 +274,20 @@ def _given() -> set[str]:
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:
     """Refuse options that mean nothing to an engine."""
+    if engine == AUTO:
+        return
     given = options.given() | ({"device"} if devices is not None else set())
     for name in sorted(given & set(_FLAGS) - engine_spec(engine).takes):
         raise click.UsageError(f"{_FLAGS[name]} means nothing to --engine {engine}")
 
 
-_FLAGS = {"threads": "--threads", "device": "--devices", "vram": "--vram", "cuda_graphs": "--no-cuda-graphs"}
+_FLAGS = {
+    "threads": "--threads",
+    "device": "--devices",
+    "vram": "--vram",
+    "ram": "--ram",
+    "cuda_graphs": "--no-cuda-graphs",
+}
 
 
 def _time_table(stages: dict[str, float]) -> list[str]:

@@ -5,6 +5,8 @@ phase of a run (text, modulation, transformer, vae): when the next one begins, t
 not fit beside others is loaded again once those of the phases that are done have gone, and a note says so.
 """
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,6 +134,14 @@ class Residency(Generic[S]):
         with ExitStack() as stack:  # all of them, whatever becomes of one
             for held in [self._held.pop(key) for key in keys]:
                 stack.callback(self._close, held.session)
+        if keys:
+            _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Let the C library return to the system what has been freed: glibc keeps it, beside what is loaded next."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which may not keep it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LoadedNetworks(Generic[S]):

@@ -29,6 +29,7 @@ class EngineOptions:
         vram: Bytes of device memory that may be used; None for all there are.
         cuda_graphs: Whether runs that come again are launched as CUDA graphs.
         residency: Which networks stay loaded.
+        ram: Bytes of the machine's memory that an engine on a CPU may use; None for what this process may have.
     """
 
     threads: int | None = None
@@ -36,6 +37,7 @@ class EngineOptions:
     vram: int | None = None
     cuda_graphs: bool = True
     residency: Policy = "resident"
+    ram: int | None = None
 
     def given(self) -> set[str]:
         """Return the options that are not what they are by default."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, cast, get_args
 
 from cvx_deploy.families.cogvideox.architecture import Architecture
+from cvx_deploy.graph.streamed import LARGE_NETWORK
 from cvx_deploy.graph.tiled_attention import TILED_CELLS
 from cvx_deploy.precision import SchemeName
 from cvx_deploy.shape import Shape
@@ -36,14 +37,16 @@ _GPU_MODULATION = 26.0  # of its output
 
 # ONNX Runtime 1.32 on a CPU, fp32, weights published in half precision.
 _CPU_TRANSFORMER = 19.2  # beside the scores
-_CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
-_CPU_TEXT = 16.0
-_CPU_DECODER = 11.0  # without a memory pattern, which would add to it from the second run on
-_CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
-_CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
+CPU_TRANSFORMER_TILED = 22.0  # where there are none: 19.7 were measured for one sample of 8,026 tokens, 25.0 for two
+CPU_TEXT = 16.0
+CPU_DECODER = 11.0  # without a memory pattern, which would add to it from the second run on
+CPU_STATE = 3.7  # of the caches: what it reads, writes, and puts before the frames of a chunk
+CPU_HELD: Final = {"text_encoder": 1.02, "modulation": 1.46, "transformer": 1.03, "vae_decoder": 1.61}
 """Bytes held for a byte of weights: converted, and arranged for its kernels."""
 _CPU_LOADING: Final = {"text_encoder": 2.4, "modulation": 1.77, "transformer": 2.55, "vae_decoder": 1.65}
 """Bytes at the peak of loading for a byte of weights: the converted and the arranged ones beside each other."""
+_CPU_STREAMED: Final = {"text_encoder": 2.6, "modulation": 1.6, "transformer": 2.0}
+"""Of a network whose weights stay in their file: how many of its largest matrix lie converted beside each other."""
 _CPU_TEXT_LAYER: Final = 3 << 20  # what the nodes of a layer take, of T5, of the transformer, and of the whole VAE
 _CPU_LAYER: Final = 2 << 20
 _CPU_DECODER_NODES: Final = 14 << 20
@@ -137,7 +140,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
     Attention of few tokens holds the scores of all pairs, that of many goes through them in tiles. A video of several
     chunks has two sessions of the VAE, each with weights and memory of its own.
     """
-    held = {name: int(_CPU_HELD[name] * size) for name, size in weight_bytes(architecture, "fp32").items()}
+    held = _cpu_held(architecture)
     text, transformer = architecture.text_encoder, architecture.transformer
     text_scores = 4 * text.heads * transformer.text_length**2
     state = architecture.decoder_state(shape)
@@ -145,7 +148,7 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
     return {
         "text_encoder": Needs(
             held["text_encoder"] + _CPU_TEXT_LAYER * text.layers,
-            _units(_CPU_TEXT, _text_unit(architecture, 4)) + text_scores,
+            _units(CPU_TEXT, _text_unit(architecture, 4)) + text_scores,
         ),
         "modulation": Needs(held["modulation"], _modulation_rows(architecture)),
         "transformer": Needs(
@@ -154,8 +157,8 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
         ),
         "vae_decoder": Needs(
             sessions * (held["vae_decoder"] + _CPU_DECODER_NODES),
-            _units(sessions * _CPU_DECODER, _pixel_unit(architecture, shape, 4)),
-            _units(sessions * _CPU_STATE, state * 4),
+            _units(sessions * CPU_DECODER, _pixel_unit(architecture, shape, 4)),
+            _units(sessions * CPU_STATE, state * 4),
         ),
     }
 
@@ -163,7 +166,32 @@ def cpu_needs(architecture: Architecture, shape: Shape, batch: int) -> dict[Netw
 def cpu_peak(architecture: Architecture, shape: Shape, batch: int) -> dict[NetworkName, int]:
     """Return the most memory each network takes in ONNX Runtime, loading it and running it."""
     weights, needs = weight_bytes(architecture, "fp32"), cpu_needs(architecture, shape, batch)
-    return {name: max(int(_CPU_LOADING[name] * weights[name]), needs[name].total) for name in NETWORKS}
+    streamed = _streamed(architecture)
+    loading = {name: 0 if name in streamed else int(_CPU_LOADING[name] * weights[name]) for name in NETWORKS}
+    return {name: max(loading[name], needs[name].total) for name in NETWORKS}
+
+
+def _cpu_held(architecture: Architecture) -> dict[NetworkName, int]:
+    """Return the bytes that each network's weights take, converted to float32."""
+    streamed, weights = _streamed(architecture), weight_bytes(architecture, "fp32")
+    return {
+        name: int(_CPU_STREAMED[name] * streamed[name]) if name in streamed else int(CPU_HELD[name] * weights[name])
+        for name in NETWORKS
+    }
+
+
+def _streamed(architecture: Architecture) -> dict[NetworkName, int]:
+    """Return the networks whose weights stay in their file, published in 16 bits, and the largest matrix of each."""
+    text, transformer = architecture.text_encoder, architecture.transformer
+    matrices: dict[NetworkName, int] = {
+        "text_encoder": 4 * text.width * text.hidden,
+        "modulation": 4 * transformer.time_dim * 6 * transformer.width,
+        "transformer": 4 * transformer.width * 4 * transformer.width,
+    }
+    weights = weight_bytes(architecture, "bf16")
+    files = {name: weights[name] for name in matrices}
+    files["modulation"] = files["transformer"] = weights["modulation"] + weights["transformer"]
+    return {name: matrix for name, matrix in matrices.items() if files[name] >= LARGE_NETWORK}
 
 
 def tiled(shape: Shape) -> Shape:
@@ -195,7 +223,7 @@ def _scores(architecture: Architecture, shape: Shape, batch: int) -> int:
 def _cpu_transformer(architecture: Architecture, shape: Shape, batch: int) -> int:
     unit = _token_unit(architecture, shape, batch, 4)
     if math.prod(architecture.latents(shape)) >= TILED_CELLS:
-        return _units(_CPU_TRANSFORMER_TILED, unit)
+        return _units(CPU_TRANSFORMER_TILED, unit)
     return _units(_CPU_TRANSFORMER, unit) + _scores(architecture, shape, batch)
 
 

@@ -61,7 +61,7 @@ def check_bounded(graph: bytes, most: int) -> "ModelProto":
     Sizes are followed through the operators that exported graphs compute them by; what depends on an input counts as 1.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         model: ModelProto = onnx.ModelProto.FromString(graph)

@@ -99,6 +99,18 @@ def load_video(path: Path, frames: int, height: int, width: int) -> DecodedVideo
     return DecodedVideo(pixels, total if total is None or total >= frames else None)
 
 
+def frames_of(path: Path, height: int, width: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield the frames of a video one by one, (height, width, 3) each, resized where they are of another size.
+
+    Raises:
+        MediaError: It cannot be read.
+    """
+    with _stating(path, "a video"), _frames(path) as (_, frames):
+        for frame in frames:
+            fits = (frame.height, frame.width) == (height, width)
+            yield np.asarray(frame if fits else frame.resize((width, height), Image.Resampling.LANCZOS))
+
+
 def pixels_of(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
     """Resize one RGB image and scale it: (C, H, W) in [-1, 1], as ``VaeImageProcessor.preprocess`` does."""
     resized = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -27,14 +27,15 @@ MEANINGLESS_BESIDE = (
         (
             *("prompts", "negative_prompt", "image", "video", "strength", "steps", "guidance_scale", "dynamic_cfg"),
             *("scheduler", "seed", "num_videos", "save_latents", "prompt_cache"),
-            *("cache", "cache_speedup", "cache_tolerance", "fast"),
+            *("cache", "cache_speedup", "cache_tolerance", "fast", "overlap", "freenoise", "loop"),
         ),
         "the latents are finished, and only decoded",
     ),
     Rule("image", ("video",), "a video starts from one of them"),
     Rule("fast", ("cache", "cache_speedup", "cache_tolerance"), "it is a choice of these"),
     Rule("resume", ("cache", "fast"), "what forecasts rest on is not kept"),
-    Rule("latents", ("video",), "both say where to start"),
+    Rule("latents", ("video", "freenoise"), "both say where to start"),
+    Rule("loop", ("image", "video"), "a loop has no first frame"),
     Rule("prompt_embeds", ("prompts",), "the embeddings are what a prompt is made into"),
     Rule(
         "latents_dtype",

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.rounding import rounded
 from cvx_deploy.pipeline.sampler import Conditions, Latents, Modulation, Sessions, denoise
 from cvx_deploy.pipeline.schedulers import Scheduler
-from cvx_deploy.pipeline.shapes import latent_shape, padding
+from cvx_deploy.pipeline.windows import Plan
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Videos:
     """What is known of each video before it is denoised, and what is afterwards.
 
     Attributes:
-        bundle: What makes them; `request` what was asked for.
+        bundle: What makes them; `request` what was asked for, and `plan` by which windows.
         schedulers: One a video, fresh; `policies` and `generators` likewise, and `encoded`, what the VAE said of the
             image or the clip it starts from.
         prompt_embeds: One a prompt.
@@ -39,6 +38,7 @@ class Videos:
 
     bundle: Bundle
     request: RunRequest
+    plan: Plan
     schedulers: list[Scheduler]
     policies: list[StepPolicy | None]
     generators: list[NoiseGenerator]
@@ -52,22 +52,23 @@ class Videos:
         """Yield the steps of some videos, and keep what they come to."""
         guided = self.request.is_guided
         with ExitStack() as stack:
-            both = stack.enter_context(device.load("transformer", {"batch": 2 if guided else 1}))
+            both = stack.enter_context(device.load("transformer", {"batch": (2 if guided else 1) * self.plan.at_once}))
             sessions = Sessions(both)
             if guided and any(policy is not None and policy.splits for policy in self.policies):
-                sessions = Sessions(both, stack.enter_context(device.load("transformer", {"batch": 1})))
+                sessions = Sessions(both, stack.enter_context(device.load("transformer", {"batch": self.plan.at_once})))
             for index in videos:
                 yield from self._denoised(device, sessions, index)
 
     def _denoised(self, device: Backend, sessions: Sessions, index: int) -> Generator[Step, None, None]:
         request, scheduler, generator = self.request, self.schedulers[index], self.generators[index]
-        latents, image_latents = _start(self.bundle, scheduler, generator, self.encoded[index], request, index)
+        latents, image_latents = _start(self, index)
         conditions = Conditions(
             self.modulation,
             self.prompt_embeds[index // request.num_videos],
             request.guidance_scale,
             request.dynamic_cfg,
             image_latents,
+            self.plan,
         )
         taken = 0
         if request.resume is not None:
@@ -83,7 +84,7 @@ class Videos:
             done = step.index - scheduler.start
             point = ResumePoint.after(done + 1, latents, scheduler, generator) if policy is None else None
             yield Step(index, done, count, step.timestep, latents, is_forecast, point)
-        self.finished[index] = latents[:, padding(self.bundle) :]
+        self.finished[index] = latents[:, self.plan.padding :]
         if policy is not None:
             self.taken[index] = _steps_taken(actions, error, calibrated=policy.forecast.weights is not None)
 
@@ -96,29 +97,24 @@ def _steps_taken(actions: Sequence[Action], error: float | None, *, calibrated: 
     return StepsTaken(run, conditional, forecast, error, calibrated)
 
 
-def _start(
-    bundle: Bundle,
-    scheduler: Scheduler,
-    generator: NoiseGenerator,
-    encoded: Latents | None,
-    request: RunRequest,
-    index: int,
-) -> tuple[Latents, Latents | None]:
+def _start(videos: Videos, index: int) -> tuple[Latents, Latents | None]:
     """Return the latents that denoising starts from, and the image latents that go along with them."""
-    facts, kept = bundle.manifest.vae, request.latents_dtype
+    request, plan, encoded = videos.request, videos.plan, videos.encoded[index]
+    facts, kept = videos.bundle.manifest.vae, request.latents_dtype
     # 1.5 was trained on image latents divided by the scale; diffusers calls it invert_scale_latents.
     inverted = request.video is None and facts.invert_scale_latents
     scale = np.float32(1 / facts.scaling_factor if inverted else facts.scaling_factor)
-    shape = latent_shape(bundle)
-    noise = generator.randn if request.latents is None else partial(_given_noise, request.latents[index][None])
+    given = None if request.latents is None else _given_noise(request.latents[index][None], plan.latent_shape)
+    noise = plan.noise(videos.generators[index]) if given is None else given
     if encoded is None:
-        return noise(shape), None
+        return noise, None
     scaled = rounded(scale * encoded, kept)
     if request.video is not None:
-        return scheduler.add_noise(scaled, generator.randn(shape), scheduler.start), None
-    image_latents = np.zeros(shape, np.float32)
+        scheduler = videos.schedulers[index]
+        return scheduler.add_noise(scaled, noise, scheduler.start), None
+    image_latents = np.zeros(plan.latent_shape, np.float32)
     image_latents[:, :1] = scaled
-    return noise(shape), image_latents
+    return noise, image_latents
 
 
 def _given_noise(latents: Latents, shape: tuple[int, ...]) -> Latents:

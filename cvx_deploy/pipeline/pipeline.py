@@ -9,6 +9,7 @@
         video.save("circle.mp4")
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -19,24 +20,30 @@ from typing import Any, Final, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cvx_deploy import __version__
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.bundle.pack import identity
+from cvx_deploy.engines.auto import AUTO, chosen
 from cvx_deploy.engines.backend import Backend
 from cvx_deploy.engines.registry import engine_spec, open_backend
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import DEFAULT_OPTIONS, EngineName, EngineOptions, Needed
 from cvx_deploy.errors import CvxError, EngineError
 from cvx_deploy.families.cogvideox.models import SchedulerKind
+from cvx_deploy.measure.cpu import cpu_name, instructions
 from cvx_deploy.media.given import ClipLike, ImageLike, clip_pixels, image_pixels
 from cvx_deploy.miniatures import bundle_folder
 from cvx_deploy.pipeline.caching import CacheMode, PolicyMaker
 from cvx_deploy.pipeline.events import Denoised, Event, Frames, Step
+from cvx_deploy.pipeline.host_memory import obstacle, policy_within
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed
 from cvx_deploy.pipeline.resume import ResumePoint
 from cvx_deploy.pipeline.run import events, run
-from cvx_deploy.pipeline.shapes import ShapeChoice, bundle_at
+from cvx_deploy.pipeline.shapes import ShapeChoice
 from cvx_deploy.pipeline.video import Video
+from cvx_deploy.pipeline.windows import bundle_and_windows
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
@@ -63,7 +70,7 @@ class Pipeline:
 
     Args:
         bundle: What to run, seen at one of its shapes.
-        engine: What runs it.
+        engine: What runs it; ``auto`` finds the fastest, see `cvx_deploy.engines.auto`.
         options: How.
         devices: Which GPUs; several share out the videos of a call, and two the branches of guidance where there is one
             video. An engine for CPUs has one.
@@ -78,7 +85,7 @@ class Pipeline:
     def __init__(
         self,
         bundle: Bundle,
-        engine: EngineName = "onnxruntime",
+        engine: EngineName = AUTO,
         options: EngineOptions = DEFAULT_OPTIONS,
         *,
         devices: Sequence[int] = (),
@@ -86,13 +93,24 @@ class Pipeline:
         prompt_cache: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
+        progress = progress or SilentProgress()
+        usual = _usual(bundle)
+        engine = chosen(
+            engine,
+            bundle,
+            options,
+            usual,
+            devices=devices,
+            fits=lambda name: obstacle(bundle, name, options, usual),
+            progress=progress,
+        )
         spec = engine_spec(engine)
         if devices and "device" not in spec.takes:
             raise EngineError(f"devices means nothing to the engine {engine}", fix="leave devices out")
         spec.check(options)
         self.bundle, self.engine = bundle, engine
         self._options, self._devices, self._check_finite = options, tuple(devices), check_finite
-        self._progress = progress or SilentProgress()
+        self._progress = progress
         self._cache: PromptCache | None = None
         if prompt_cache is not None:
             self._cache = PromptCache(prompt_cache, bundle, engine, spec.version(), self._progress)
@@ -107,7 +125,7 @@ class Pipeline:
         cls,
         path: Path | str,
         *,
-        engine: EngineName = "onnxruntime",
+        engine: EngineName = AUTO,
         shape: Shape | str | None = None,
         checkpoint: Path | str | None = None,
         devices: Sequence[int] = (),
@@ -115,6 +133,7 @@ class Pipeline:
         vram: int | None = None,
         cuda_graphs: bool = True,
         residency: Policy = "resident",
+        ram: int | None = None,
         check_finite: bool = False,
         prompt_cache: Path | str | None = None,
         progress: Progress | None = None,
@@ -123,7 +142,7 @@ class Pipeline:
 
         Args:
             path: Its folder.
-            engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt or tensorrt-rtx.
+            engine: onnxruntime, openvino, onnxruntime-cuda, tensorrt, tensorrt-rtx, or auto: the fastest there is.
             shape: Which of the bundle's video sizes, such as ``"49x480x720"``; None for its first.
             checkpoint: Where the bundle's weights have moved to.
             devices: Which GPUs; several share out the videos of a call, or the branches of guidance of a single one.
@@ -131,6 +150,8 @@ class Pipeline:
             vram: Bytes of device memory that compiled engines may use.
             cuda_graphs: Whether compiled engines are launched as CUDA graphs.
             residency: ``resident`` keeps all networks loaded, ``phase`` those of one phase of a call.
+            ram: Bytes of this machine's memory that an engine on a CPU may use, mapped weights left out; None for all
+                that this process may have. Where not all networks fit at once, those of one phase are held.
             check_finite: Whether every output is searched for NaN and infinity, which is slow.
             prompt_cache: A folder in which prompts' embeddings are kept.
             progress: Told what goes on; `cvx_deploy.progress.RichProgress` shows bars.
@@ -148,7 +169,7 @@ class Pipeline:
         return cls(
             bundle,
             engine,
-            EngineOptions(threads=threads, vram=vram, cuda_graphs=cuda_graphs, residency=residency),
+            EngineOptions(threads=threads, vram=vram, cuda_graphs=cuda_graphs, residency=residency, ram=ram),
             devices=devices,
             check_finite=check_finite,
             prompt_cache=None if prompt_cache is None else Path(prompt_cache),
@@ -199,7 +220,8 @@ class Pipeline:
                     latents = event.latents
                 elif isinstance(event, Frames):
                     frames.append(event.frames)
-        size = (len(latents), bundle.shape.frames if frames else 0, bundle.shape.height, bundle.shape.width, 3)
+        shape = bundle.shape if request.windows is None else request.windows.shape
+        size = (len(latents), shape.frames if frames else 0, shape.height, shape.width, 3)
         joined = np.concatenate(frames).reshape(size) if frames else np.empty(size, np.float32)
         return Video(joined, latents, bundle.manifest.fps, tuple(report.seeds), report)
 
@@ -217,8 +239,11 @@ class Pipeline:
                 video, the next has one more; ``generator``, a seed for every video, as ints or as objects with
                 ``initial_seed()``; ``latents``, the noise to start from, float32 (videos, F, C, H, W);
                 ``prompt_embeds`` and ``negative_prompt_embeds``, float32 (prompts, S, D); ``num_frames``, ``height``,
-                ``width``, which pick one of the bundle's shapes; ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for
-                the video of a pipeline in half precision; ``fast``, or ``cache``, fixed or adaptive or a policy of
+                ``width``, which pick one of the bundle's shapes, or a larger one that is made by windows of it, with
+                ``overlap``, the frames that those share at the least, ``freenoise``, and ``windows_at_once``, how many
+                go through the transformer together; ``loop``, for a video whose end leads back to its beginning;
+                ``vae_tiling``; ``latents_dtype``, fp16 or bf16 for the video of a pipeline in half precision; ``fast``,
+                or ``cache``, fixed or adaptive or a policy of
                 one's own, with ``cache_speedup`` or ``cache_tolerance``, to forecast steps;
                 ``resume``, the ``point`` of a step of an earlier run of the same video, to go on from there.
 
@@ -241,6 +266,28 @@ class Pipeline:
         with self._alone():
             self._closed = True
             self._stack.close()
+
+    def unload(self) -> None:
+        """Free what is loaded; the next call loads it again.
+
+        Raises:
+            CvxError: A run has not ended yet.
+        """
+        with self._alone():
+            self._stack.close()
+            self._opened = None
+
+    @property
+    def residency(self) -> Policy:
+        """Which networks stay loaded."""
+        return self._options.residency
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that a video's bits depend on beside what is asked for."""
+        made_by: list[Any] = [__version__, identity(self.bundle), cpu_name(), instructions()]
+        made_by += [self.engine, engine_spec(self.engine).version()]
+        return hashlib.sha256(repr([*made_by, self._options.threads]).encode()).hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -269,6 +316,10 @@ class Pipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        overlap: int | None = None,
+        freenoise: bool = False,
+        loop: bool = False,
+        windows_at_once: int = 1,
         vae_tiling: bool = False,
         latents_dtype: Precision = "fp32",
         cache: CacheMode | PolicyMaker | None = None,
@@ -278,8 +329,11 @@ class Pipeline:
         resume: ResumePoint | None = None,
     ) -> tuple[Bundle, RunRequest]:
         """Return what a call asks for, and the bundle seen at the shape it is for."""
-        bundle = bundle_at(self.bundle, ShapeChoice(num_frames, height, width))
-        shape, defaults = bundle.shape, bundle.manifest.defaults
+        size = ShapeChoice(num_frames, height, width)
+        bundle, windows = bundle_and_windows(
+            self.bundle, size, overlap=overlap, freenoise=freenoise, loop=loop, at_once=windows_at_once
+        )
+        shape, defaults = bundle.shape if windows is None else windows.shape, bundle.manifest.defaults
         request = RunRequest(
             prompts=() if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt),
             negative_prompt=negative_prompt,
@@ -302,6 +356,7 @@ class Pipeline:
             cache_speedup=cache_speedup,
             cache_tolerance=cache_tolerance,
             fast=fast,
+            windows=windows,
             resume=resume,
         )
         return bundle, request
@@ -332,23 +387,32 @@ class Pipeline:
                 self._stack.close()
                 self._opened = None
                 needed = networks_needed(bundle, request, self._cache, len(self._devices))
+                policy = policy_within(bundle, self.engine, self._options, request, needed, self._progress)
+                options = replace(self._options, residency=policy)
                 with ExitStack() as stack:
                     self._backends = tuple(
-                        stack.enter_context(self._open(bundle, device, needed)) for device in self._devices or (0,)
+                        stack.enter_context(self._open(bundle, replace(options, device=device), needed))
+                        for device in self._devices or (0,)
                     )
                     self._stack = stack.pop_all()
                 self._opened = bundle
             yield self._backends
 
-    def _open(self, bundle: Bundle, device: int, needed: Needed) -> AbstractContextManager[Backend]:
+    def _open(self, bundle: Bundle, options: EngineOptions, needed: Needed) -> AbstractContextManager[Backend]:
         return open_backend(
             self.engine,
             bundle,
-            replace(self._options, device=device),
+            options,
             needed=needed,
             check_finite=self._check_finite,
             progress=self._progress,
         )
+
+
+def _usual(bundle: Bundle) -> Needed:
+    """Return what the bundle's usual run loads."""
+    usual = RunRequest(prompts=("",), guidance_scale=bundle.manifest.defaults.guidance_scale)
+    return networks_needed(bundle, usual)
 
 
 def _seeds(generator: Seed | Sequence[Seed]) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cvx_deploy.pipeline.windows import Plan
+
 
 @dataclass(frozen=True)
 class Span:
@@ -56,6 +58,9 @@ class RunReport:
         spans: What it did when; a stage may come several times.
         cached_prompts: How many texts' embeddings came from the prompt cache.
         steps: By video, where steps could be forecast.
+        fps: Frames a second of the files.
+        interpolated: The numbers of each video's frames that no model made.
+        windows: By which windows videos were made that are larger than the bundle's shape.
         branches_apart: Whether the two branches of guidance ran side by side on two devices.
     """
 
@@ -64,6 +69,9 @@ class RunReport:
     spans: list[Span] = field(default_factory=list)
     cached_prompts: int = 0
     steps: dict[int, StepsTaken] = field(default_factory=dict)
+    fps: int = 0
+    interpolated: list[int] = field(default_factory=list)
+    windows: Plan | None = None
     branches_apart: bool = False
 
     @property

@@ -16,6 +16,7 @@ from cvx_deploy.pipeline.combinations import check_combination
 from cvx_deploy.pipeline.noise import check_seed
 from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.resume import ResumePoint
+from cvx_deploy.pipeline.windows import Windows, plan_for
 from cvx_deploy.precision import Precision
 
 Pixels = NDArray[np.float32]
@@ -45,6 +46,7 @@ class RunRequest:
         save_latents: Where to keep the finished latents, ``.npy``, float32 (videos, F, C, H, W).
         from_latents: Finished latents to decode; nothing is denoised.
         contact_sheet: Where to put a picture of some frames of each video, ``.png``.
+        fps: Frames a second of the files, those between the model's own by optical flow; None for the model's own.
         each_seed: A seed for every video, in the place of `seed`.
         latents: The noise that each video starts from, float32 (videos, F, C, H, W), in the place of what its seed
             would draw; the shape is the padded one of 1.5 models.
@@ -58,6 +60,7 @@ class RunRequest:
         cache_speedup: How many times less often a fixed cache runs the transformer; None for the default.
         cache_tolerance: How far an adaptive cache lets forecasts stray, a share of the output; None for the default.
         fast: Whether to forecast as much as docs/step-cache.md has found safe.
+        windows: A video larger than the bundle's shape, or a loop, by windows of that shape.
         resume: Where an earlier run of the same request stood; its one video goes on from there.
     """
 
@@ -77,6 +80,7 @@ class RunRequest:
     save_latents: Path | None = None
     from_latents: Path | None = None
     contact_sheet: Path | None = None
+    fps: int | None = None
     each_seed: tuple[int, ...] | None = None
     latents: Pixels | None = None
     prompt_embeds: Pixels | None = None
@@ -87,6 +91,7 @@ class RunRequest:
     cache_speedup: float | None = None
     cache_tolerance: float | None = None
     fast: bool = False
+    windows: Windows | None = None
     resume: ResumePoint | None = None
 
     def __post_init__(self) -> None:
@@ -163,6 +168,9 @@ class RunRequest:
     def given(self) -> set[str]:
         """The names of the fields that are not as they are by default."""
         changed = {field.name for field in fields(self) if _differs(getattr(self, field.name), field.default)}
+        if self.windows is not None:
+            changed |= {word for word in ("freenoise", "loop") if getattr(self.windows, word)}
+            changed |= {"overlap"} if self.windows.overlap is not None else set()
         return changed - (set() if self.prompts else {"prompts"})
 
 
@@ -183,7 +191,7 @@ def networks_needed(
         every = texts(request)
         if every and (prompt_cache is None or len(prompt_cache.read(every)) < len(every)):
             needed.append(("text_encoder", {"batch": 1}))
-        needed += [("modulation", {}), ("transformer", {"batch": batch})]
+        needed += [("modulation", {}), ("transformer", {"batch": batch * plan_for(bundle, request.windows).at_once})]
         if request.image is not None or request.video is not None:
             halves.append(cut.encoder(vae))
     for half in halves if not request.latents_only else halves[1:]:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +18,13 @@ from cvx_deploy.bundle.schema import Manifest
 from cvx_deploy.engines.backend import Backend, prefetch
 from cvx_deploy.errors import CvxError, MediaError, PromptError, ShapeError
 from cvx_deploy.files import staged_file
-from cvx_deploy.media.contact_sheet import ContactSheet
 from cvx_deploy.media.encoders import VideoFormat
-from cvx_deploy.media.read import load_image, load_video
-from cvx_deploy.media.write import check_file_place, check_writable, open_writer
-from cvx_deploy.pipeline import vae
+from cvx_deploy.media.film import Film
+from cvx_deploy.media.interpolation import check_rate
+from cvx_deploy.media.write import check_file_place, check_writable
 from cvx_deploy.pipeline.branches import denoisers
 from cvx_deploy.pipeline.caching import policy_for
+from cvx_deploy.pipeline.coding import decoded, encoded, source_pixels
 from cvx_deploy.pipeline.denoising import Videos
 from cvx_deploy.pipeline.devices import share_out
 from cvx_deploy.pipeline.events import Denoised, Event, Frames
@@ -34,10 +33,11 @@ from cvx_deploy.pipeline.prompt_cache import PromptCache
 from cvx_deploy.pipeline.prompts import embed
 from cvx_deploy.pipeline.report import RunReport
 from cvx_deploy.pipeline.request import RunRequest, networks_needed, texts
-from cvx_deploy.pipeline.rounding import is_kept, rounded
+from cvx_deploy.pipeline.rounding import is_kept
 from cvx_deploy.pipeline.sampler import Latents, modulation_of
 from cvx_deploy.pipeline.schedulers import Scheduler, SchedulerConfig, make_scheduler
-from cvx_deploy.pipeline.shapes import latent_shape, latents_header, padding
+from cvx_deploy.pipeline.shapes import latents_header
+from cvx_deploy.pipeline.windows import Plan, plan_for
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.shape import Shape
 
@@ -69,55 +69,30 @@ def run(
     networks_needed(backend.bundle, request)
     videos = _video_count(request)
     check_writable(output, videos)
+    check_rate(backend.bundle.manifest.fps, request.fps)
     for place in filter(None, (request.save_latents, request.contact_sheet)):
         check_file_place(place)
     with ExitStack() as stack:
         happening = stack.enter_context(closing(events(backend, request, progress, report, others, prompt_cache)))
-        files: _Files | None = None
+        film: Film | None = None
         for event in happening:
             watch(event)
             if isinstance(event, Denoised):
                 if request.save_latents is not None:
                     _write_latents(request.save_latents, event.latents)
-                files = stack.enter_context(_Files(backend.bundle, request, output, len(event.latents), report))
-            elif isinstance(event, Frames) and files is not None:
-                files.add(event.frames)
+                form = video_format(backend.bundle, request, len(event.latents))
+                film = stack.enter_context(Film(output, form, request.fps, request.contact_sheet))
+            elif isinstance(event, Frames) and film is not None:
+                with report.stage("write video"):
+                    film.add(event.frames)
+    if film is not None:
+        report.paths, report.fps, report.interpolated = list(film.paths), film.form.fps, film.interpolated
     return report
 
 
-class _Files:
-    """What a run writes of its frames: the videos, and their contact sheet once all is well."""
-
-    def __init__(self, bundle: Bundle, request: RunRequest, output: Path | str, videos: int, report: RunReport) -> None:
-        self._request, self._report = request, report
-        video = video_format(bundle, videos)
-        self._sheet = ContactSheet(video) if request.contact_sheet is not None else None
-        self._writer = open_writer(output, video)
-
-    def __enter__(self) -> Self:
-        self._writer.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
-        if kind is None:
-            self._report.paths = list(self._writer.paths)
-            if self._sheet is not None and self._request.contact_sheet is not None:
-                self._sheet.save(self._request.contact_sheet)
-
-    def add(self, frames: NDArray[np.float32]) -> None:
-        """Write the next frames."""
-        with self._report.stage("write video"):
-            self._writer.write(frames)
-            if self._sheet is not None:
-                self._sheet.add(frames)
-
-
-def video_format(bundle: Bundle, videos: int) -> VideoFormat:
-    """Return what a bundle's finished videos are."""
-    shape = bundle.shape
+def video_format(bundle: Bundle, request: RunRequest, videos: int) -> VideoFormat:
+    """Return what finished videos are."""
+    shape = bundle.shape if request.windows is None else request.windows.shape
     return VideoFormat(shape.frames, shape.height, shape.width, bundle.manifest.fps, videos=videos)
 
 
@@ -146,20 +121,26 @@ def events(
         CvxError: As `run` does.
     """
     _check_kept(backend.bundle, request)  # before anything is loaded for it
+    plan = plan_for(backend.bundle, request.windows)
     if request.from_latents is None:
         check_task(backend.bundle, request)
     for role, sizes in networks_needed(backend.bundle, request, prompt_cache, 1 + len(others)):
         prefetch(backend, role, sizes)
     if request.parts_branches(1 + len(others)):
+        if plan.at_once > 1:
+            raise CvxError(
+                "the branches of one video run on two devices, and there windows go one after another",
+                fix="leave out --windows-at-once, or use one device",
+            )
         prefetch(others[0], "transformer", {"batch": 1})
     if request.from_latents is not None:
-        latents = _read_latents(request.from_latents, backend.bundle)
+        latents = _read_latents(request.from_latents, plan)
         _check_values(str(request.from_latents), latents, request)
     else:
-        latents = yield from _denoised(backend, request, progress, report, others, prompt_cache)
+        latents = yield from _denoised(backend, request, plan, progress, report, others, prompt_cache)
     yield Denoised(latents)
     if not request.latents_only:
-        yield from _decoded(backend, request, latents, progress, report)
+        yield from decoded(backend, request, plan, latents, progress, report)
 
 
 def make_latents(
@@ -178,6 +159,7 @@ def make_latents(
 def _denoised(
     backend: Backend,
     request: RunRequest,
+    plan: Plan,
     progress: Progress,
     report: RunReport,
     others: Sequence[Backend],
@@ -189,18 +171,24 @@ def _denoised(
     generators = [NoiseGenerator(seed, request.latents_dtype) for seed in report.seeds]
     schedulers = [scheduler_for(manifest, request) for _ in generators]
     policies = [policy_for(request, scheduler, backend.bundle) for scheduler in schedulers]
-    source = _source_pixels(backend.bundle.shape, request, progress)
+    source = source_pixels(plan.shape, request, progress)
     with report.stage("text encoder"):
         prompt_embeds = _prompt_embeds(backend, request, prompt_cache, progress, report)
     with report.stage("vae encode"):
-        encoded = _encoded(backend, request, source, generators, progress)
+        starts = encoded(backend, request, plan, source, generators, progress)
     with report.stage("modulation"):
         modulation = modulation_of(backend, schedulers[0])
     with report.stage("transformer"):
-        videos = Videos(backend.bundle, request, schedulers, policies, generators, prompt_embeds, encoded, modulation)
+        videos = Videos(
+            backend.bundle, request, plan, schedulers, policies, generators, prompt_embeds, starts, modulation
+        )
         steps = sum(len(scheduler.timesteps) - scheduler.start for scheduler in schedulers)
+        if plan.count > 1:
+            report.windows = plan
+            progress.note(f"note: {plan}, each at every step: {steps} steps, {steps * plan.count} passes")
+        label = "denoise" if plan.count == 1 else f"denoise, {plan.count} windows a step"
         with (
-            progress.task("denoise", steps) as advance,
+            progress.task(label, steps) as advance,
             denoisers((backend, *others), request, report) as devices,
             closing(share_out(devices, len(generators), videos.denoised)) as shared,
         ):
@@ -244,6 +232,8 @@ def check_task(bundle: Bundle, request: RunRequest) -> None:
         )
     if request.video is not None and not bundle.has("vae_encoder"):
         _refuse_video(bundle)
+    if request.windows is not None:
+        _check_windows(bundle.shape, request.windows.shape, request)
     taken = {spec.name: spec.shape for spec in bundle.network("transformer").inputs}["encoder_hidden_states"][1:]
     for embeds in (request.prompt_embeds, request.negative_prompt_embeds):
         if embeds is not None and embeds.shape[1:] != taken:
@@ -251,6 +241,21 @@ def check_task(bundle: Bundle, request: RunRequest) -> None:
                 f"embeddings of a prompt have the shape {embeds.shape[1:]}, not {taken} (tokens, channels)",
                 fix=f"make them with the text encoder of {manifest.model}",
             )
+
+
+def _check_windows(window: Shape, shape: Shape, request: RunRequest) -> None:
+    """Refuse what windows have no use for."""
+    if request.image is not None and shape.frames > window.frames:
+        raise PromptError(
+            f"windows in time have no image to start from but the first, and {shape.frames} frames take several",
+            fix=f"use --long chain, or --frames {window.frames}",
+        )
+    if request.vae_tiling and (shape.height, shape.width) != (window.height, window.width):
+        raise ShapeError(
+            f"frames of {shape.height}x{shape.width} go through the VAE by windows of {window.height}x{window.width}, "
+            "and not by other tiles",
+            fix="leave out --vae-tiling",
+        )
 
 
 def _check_kept(bundle: Bundle, request: RunRequest) -> None:
@@ -315,19 +320,6 @@ def scheduler_for(manifest: Manifest, request: RunRequest) -> Scheduler:
 _SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 
 
-def _source_pixels(shape: Shape, request: RunRequest, progress: Progress) -> vae.Clip | None:
-    if isinstance(request.image, np.ndarray):
-        return request.image
-    if request.image is not None:
-        return load_image(request.image, shape.height, shape.width)
-    if request.video is None or isinstance(request.video, np.ndarray):
-        return request.video
-    clip = load_video(request.video, shape.frames, shape.height, shape.width)
-    if clip.total_frames is not None and clip.total_frames > shape.frames:
-        progress.note(f"note: {request.video} has {clip.total_frames} frames; the first {shape.frames} are used")
-    return clip.pixels
-
-
 def _prompt_embeds(
     backend: Backend, request: RunRequest, cache: PromptCache | None, progress: Progress, report: RunReport
 ) -> list[NDArray[np.float32]]:
@@ -344,65 +336,15 @@ def _prompt_embeds(
     return [np.stack(pair) for pair in zip(negative, positive, strict=True)]
 
 
-def _encoded(
-    backend: Backend,
-    request: RunRequest,
-    pixels: vae.Clip | None,
-    generators: list[NoiseGenerator],
-    progress: Progress,
-) -> list[Latents | None]:
-    """Return for every video the latents of the image or clip it starts from, (1, f, C, H, W), unscaled."""
-    if pixels is None:
-        return [None] * len(generators)
-    half = backend.bundle.family.vae.encoder(backend.bundle.manifest.vae)
-    chunks = vae.count_chunks(backend, half, pixels.shape[2])
-    if request.vae_tiling:
-        chunks *= vae.count_tiles(backend, half, *pixels.shape[3:])
-    with progress.task("encode " + ("video" if request.image is None else "image"), chunks) as advance:
-        posterior = vae.encode(backend, pixels, tiled=request.vae_tiling, advance=advance, kept=request.latents_dtype)
-    return [posterior.sample(generator).transpose(0, 2, 1, 3, 4) for generator in generators]
-
-
-def _decoded(
-    backend: Backend, request: RunRequest, latents: Latents, progress: Progress, report: RunReport
-) -> Generator[Frames, None, None]:
-    """Yield the frames of every video, as its chunks decode."""
-    manifest, half = backend.bundle.manifest, backend.bundle.family.vae.decoder
-    chunks = vae.count_chunks(backend, half, latents.shape[1]) * len(latents)
-    if request.vae_tiling:
-        chunks *= vae.count_tiles(backend, half, *latents.shape[3:])
-    with progress.task("decode", chunks) as advance:
-        for index, clip in enumerate(latents):
-            # diffusers computes 1 / scale in double and multiplies
-            scaled = clip[None].transpose(0, 2, 1, 3, 4)
-            unscaled = rounded(np.float32(1 / manifest.vae.scaling_factor) * scaled, request.latents_dtype)
-            with closing(vae.decode(backend, unscaled, tiled=request.vae_tiling, advance=advance)) as pieces:
-                start = 0
-                while True:
-                    with report.stage("vae decode"):
-                        piece = next(pieces, None)
-                    if piece is None:
-                        break
-                    frames = _frames(piece)
-                    yield Frames(index, start, frames)
-                    start += len(frames)
-
-
-def _frames(piece: vae.Clip) -> NDArray[np.float32]:
-    """Turn pixels (1, 3, n, H, W) in about [-1, 1] into frames (n, H, W, 3) in [0, 1]."""
-    frames: NDArray[np.float32] = np.clip(piece[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
-    return frames
-
-
 def _write_latents(path: Path, latents: Latents) -> None:
     with staged_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, latents)
 
 
-def _read_latents(path: Path, bundle: Bundle) -> Latents:
+def _read_latents(path: Path, plan: Plan) -> Latents:
     array = latents_header(path)
-    _, padded, *rest = latent_shape(bundle)
-    expected = (padded - padding(bundle), *rest)
+    _, padded, *rest = plan.latent_shape
+    expected = (padded - plan.padding, *rest)
     if array.dtype != np.float32 or array.shape[1:] != expected or not len(array):
         raise ShapeError(
             f"{path} holds {array.dtype} of shape {array.shape}, not float32 (videos, {', '.join(map(str, expected))})",

@@ -13,6 +13,7 @@ from cvx_deploy.pipeline.forecast import Forecaster
 from cvx_deploy.pipeline.noise import Generator
 from cvx_deploy.pipeline.policy import Action, StepPolicy
 from cvx_deploy.pipeline.schedulers import Scheduler, dynamic_guidance_scale
+from cvx_deploy.pipeline.windows import Plan
 
 Latents = NDArray[np.float32]  # (B, F, C, H, W) with B = 1
 Modulation = list[NDArray[np.floating[Any]]]
@@ -31,6 +32,7 @@ class Conditions:
         guidance_scale: Weight of the prompt against the negative prompt; at most 1 means no guidance.
         dynamic: Whether the weight follows `dynamic_guidance_scale`.
         image_latents: (1, F, C, H, W), the scaled first frame and zeros after it, for image-to-video models.
+        plan: The windows that the transformer is shown; None shows it all at once.
     """
 
     modulation: Modulation
@@ -38,6 +40,7 @@ class Conditions:
     guidance_scale: float
     dynamic: bool = False
     image_latents: Latents | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,16 @@ class _Transformer:
 
     def __init__(self, backend: Backend, sessions: Sessions, conditions: Conditions) -> None:
         self._backend, self._sessions, self._conditions = backend, sessions, conditions
-        self._both = backend.to_device(conditions.prompt_embeds)  # the same at every step
+        copies = 1 if conditions.plan is None else conditions.plan.at_once
+        embeds = np.tile(conditions.prompt_embeds, (copies, 1, 1))  # the same at every step
+        self._both = backend.to_device(embeds)
         self.is_guided = len(conditions.prompt_embeds) == 2
         if self.is_guided and sessions.conditional is not None:
-            self._conditional = backend.to_device(conditions.prompt_embeds[1:])
+            self._conditional = backend.to_device(np.tile(conditions.prompt_embeds[1:], (copies, 1, 1)))
 
     def run(self, step: int, latents: Latents) -> Latents:
         """Return what it says of both branches."""
-        return self._run(self._sessions.both, self._both, step, np.repeat(self._hidden(latents), 1 + self.is_guided, 0))
+        return self._run(self._sessions.both, self._both, step, latents, 1 + self.is_guided)
 
     def run_conditional(self, step: int, latents: Latents) -> Latents:
         """Return what it says of the prompt's branch."""
@@ -151,16 +156,20 @@ class _Transformer:
                 "the step policy runs one branch alone, and does not say beforehand that it splits them",
                 fix="set its `splits` to True",
             )
-        return self._run(self._sessions.conditional, self._conditional, step, self._hidden(latents))
+        return self._run(self._sessions.conditional, self._conditional, step, latents, 1)
 
-    def _run(self, session: Session, embeds: DeviceTensor, step: int, hidden: Latents) -> Latents:
-        inputs = {
-            "hidden_states": hidden,
-            "encoder_hidden_states": embeds,
-            "modulation": self._conditions.modulation[step],
-        }
-        output: Latents = self._backend.to_host(session.run(inputs)["noise_pred"])
-        return output
+    def _run(self, session: Session, embeds: DeviceTensor, step: int, latents: Latents, branches: int) -> Latents:
+        def say(hidden: Latents) -> Latents:
+            inputs = {
+                "hidden_states": np.repeat(hidden, branches, 0),
+                "encoder_hidden_states": embeds,
+                "modulation": self._conditions.modulation[step],
+            }
+            output: Latents = self._backend.to_host(session.run(inputs)["noise_pred"])
+            return output
+
+        hidden, plan = self._hidden(latents), self._conditions.plan
+        return say(hidden) if plan is None else plan.averaged(step, hidden, say)
 
     def _hidden(self, latents: Latents) -> Latents:
         image = self._conditions.image_latents

@@ -42,7 +42,7 @@ def bundle_at(bundle: Bundle, wanted: ShapeChoice, from_latents: Path | None = N
         ShapeError: There is none, or the latents are of another size than `wanted`.
         MediaError: The file holds no latents.
     """
-    held = None if from_latents is None else _shape_of(latents_header(from_latents), bundle)
+    held = None if from_latents is None else shape_of_latents(latents_header(from_latents), bundle)
     if held is None:
         return bundle.at(next(filter(wanted.admits, bundle.shapes), wanted.filled_up(bundle.shape)))
     if not wanted.admits(held):
@@ -80,7 +80,7 @@ def padding(bundle: Bundle) -> int:
     return -frames % (bundle.manifest.traits.patch_size_t or 1)
 
 
-def _shape_of(latents: NDArray[Any], bundle: Bundle) -> Shape | None:
+def shape_of_latents(latents: NDArray[Any], bundle: Bundle) -> Shape | None:
     """Return the video size that finished latents (videos, F, C, H, W) decode to, or None when they are no such."""
     vae = bundle.manifest.vae
     if latents.ndim != 5 or latents.shape[2] != vae.latent_channels or 0 in latents.shape:

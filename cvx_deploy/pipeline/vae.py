@@ -1,5 +1,8 @@
 """Latents to pixels and back, a chunk at a time, tile by tile when asked, with diffusers' chunks, tiles and blending.
 
+A frame larger than the networks' own shape goes through them by windows of that shape, which overlap and fade into each
+other; unlike with diffusers' tiles, frames come as their chunks decode, and the caches of every window are held.
+
 One video at a time (diffusers' sliced encoding and decoding): every norm in the VAE looks at one sample alone, so a
 batch would change nothing but memory. The causal caches that one chunk hands to the next never leave the engine.
 """
@@ -7,7 +10,7 @@ batch would change nothing but memory. The causal caches that one chunk hands to
 import contextlib
 import math
 from collections.abc import Generator as Steps
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,19 +18,67 @@ from numpy.typing import NDArray
 
 from cvx_deploy.engines.backend import Backend, DeviceTensor, Session
 from cvx_deploy.families.cogvideox.vae import Grid, VaeHalf
+from cvx_deploy.pipeline.axis import Axis
 from cvx_deploy.pipeline.noise import Generator
 from cvx_deploy.pipeline.rounding import rounded
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Advance
 
 Clip = NDArray[np.float32]  # (B, C, F, H, W) with B = 1, of pixels in [-1, 1] or of latents
+Plane = tuple[Axis, Axis]
+"""How a frame's rows and columns are cut into windows, in latents."""
 
 
 def count_chunks(backend: Backend, half: VaeHalf, frames: int) -> int:
     """Return how many chunks a clip of `frames` (latent frames for the decoder) is worked through in."""
+    return len(_chunks_of(backend, half, frames))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What goes through a network at a time.
+
+    Attributes:
+        network: Its role.
+        start: The first frame of its input; `end` the one after the last.
+        skip: How many frames of its output are not new.
+    """
+
+    network: str
+    start: int
+    end: int
+    skip: int = 0
+
+
+def _chunks_of(backend: Backend, half: VaeHalf, frames: int) -> list[_Chunk]:
+    """Return the chunks of a clip of so many frames; where no network follows the first, they overlap."""
+    first = _frames(backend, half.first)
     if not backend.bundle.has(half.following):
-        return 1
-    return 1 + (frames - _frames(backend, half.first)) // _frames(backend, half.following)
+        return _overlapping(backend, half, frames)
+    step = _frames(backend, half.following)
+    later = (_Chunk(half.following, start, start + step) for start in range(first, frames, step))
+    return [_Chunk(half.first, 0, first), *later]
+
+
+def _overlapping(backend: Backend, half: VaeHalf, frames: int) -> list[_Chunk]:
+    """Return chunks of the first network alone, which knows no past: each takes some along, and leaves it out again.
+
+    An odd count of latent frames is one video frame and whole latent frames after it.
+    """
+    network, temporal = backend.bundle.network(half.first), backend.bundle.manifest.vae.temporal
+    encodes = half.downscale > 1
+    first, window = _frames(backend, half.first), int((network.outputs if encodes else network.inputs)[0].shape[2])
+    odd = window % 2
+    latents = -(-frames // temporal) if encodes else frames
+    chunks = [_Chunk(half.first, 0, first)]
+    known = window
+    while known < latents:
+        start = min(known - max(window - 1, 1), latents - window)
+        again = known - start
+        begin = temporal * start if encodes else start
+        chunks.append(_Chunk(half.first, begin, begin + first, again if encodes else temporal * (again - odd) + odd))
+        known = start + window
+    return chunks
 
 
 @dataclass(frozen=True)
@@ -47,7 +98,15 @@ class Posterior:
         return rounded(self.mean + drawn, self.kept)
 
 
-def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance, kept: Precision = "fp32") -> Posterior:
+def encode(
+    backend: Backend,
+    pixels: Clip,
+    *,
+    tiled: bool,
+    advance: Advance,
+    kept: Precision = "fp32",
+    plane: Plane | None = None,
+) -> Posterior:
     """Encode a clip.
 
     Args:
@@ -56,26 +115,37 @@ def encode(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance, kep
         tiled: Whether to work tile by tile.
         advance: Called with 1 after every chunk.
         kept: The type that latents are kept in.
+        plane: The windows of frames larger than the networks' shape.
     """
-    said = rounded(moments(backend, pixels, tiled=tiled, advance=advance), kept)
+    said = rounded(moments(backend, pixels, tiled=tiled, advance=advance, plane=plane), kept)
     mean, log_variance = np.split(said, 2, axis=1)
     half = rounded(0.5 * np.clip(log_variance, -30.0, 20.0), kept)
     return Posterior(mean, rounded(np.exp(half), kept), kept)
 
 
-def moments(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance) -> Clip:
+def moments(backend: Backend, pixels: Clip, *, tiled: bool, advance: Advance, plane: Plane | None = None) -> Clip:
     """Return what the encoder puts out for a clip: means, then logarithms of variances, (1, 2 C, f, h, w)."""
     half = backend.bundle.family.vae.encoder(backend.bundle.manifest.vae)
-    return np.concatenate(list((_tiled if tiled else _chunks)(backend, half, pixels, advance)), axis=2)
+    return np.concatenate(list(_pieces(backend, half, pixels, tiled, advance, plane)), axis=2)
 
 
-def decode(backend: Backend, latents: Clip, *, tiled: bool, advance: Advance) -> Steps[Clip, None, None]:
+def decode(
+    backend: Backend, latents: Clip, *, tiled: bool, advance: Advance, plane: Plane | None = None
+) -> Steps[Clip, None, None]:
     """Yield pixels (1, 3, n, H, W), about in [-1, 1], as chunks of the unscaled latents (1, C, f, h, w) decode.
 
     Tiled, there is one chunk, at the end: a tile is worked through to its last frame before the next begins, so that
     the caches of one tile alone are held.
     """
-    return (_tiled if tiled else _chunks)(backend, backend.bundle.family.vae.decoder, latents, advance)
+    return _pieces(backend, backend.bundle.family.vae.decoder, latents, tiled, advance, plane)
+
+
+def _pieces(
+    backend: Backend, half: VaeHalf, clip: Clip, tiled: bool, advance: Advance, plane: Plane | None
+) -> Steps[Clip, None, None]:
+    if plane is not None:
+        return _by_windows(backend, half, clip, advance, plane)
+    return (_tiled if tiled else _chunks)(backend, half, clip, advance)
 
 
 def count_tiles(backend: Backend, half: VaeHalf, height: int, width: int) -> int:
@@ -109,30 +179,50 @@ class _Sessions:
     def run(self, clip: Clip, advance: Advance) -> Iterator[Clip]:
         """Yield the output of every chunk of a clip; a device works on the next one before it is asked for this one."""
         state: dict[str, DeviceTensor] = {}
-        finished: DeviceTensor | None = None
-        for name, chunk in self._cut(clip):
-            network = self._backend.bundle.network(name)
-            inputs = {network.inputs[0].name: chunk, **state}
-            outputs = self._load(name).run(inputs)
+        finished: list[tuple[DeviceTensor, int]] = []
+        for chunk in _chunks_of(self._backend, self._half, clip.shape[2]):
+            network = self._backend.bundle.network(chunk.network)
+            inputs = {network.inputs[0].name: clip[:, :, chunk.start : chunk.end], **state}
+            outputs = self._load(chunk.network).run(inputs)
             state = {taken: outputs[given] for taken, given in network.state.items()}
-            if finished is not None:
-                yield self._backend.to_host(finished)
+            if finished:
+                yield self._new(*finished.pop())
                 advance(1)
-            finished = outputs[network.outputs[0].name]
-        yield self._backend.to_host(finished)
+            finished.append((outputs[network.outputs[0].name], chunk.skip))
+        yield self._new(*finished.pop())
         advance(1)
 
-    def _cut(self, clip: Clip) -> Iterator[tuple[str, Clip]]:
-        end = _frames(self._backend, self._half.first)
-        yield self._half.first, clip[:, :, :end]
-        while end < clip.shape[2]:
-            start, end = end, end + _frames(self._backend, self._half.following)
-            yield self._half.following, clip[:, :, start:end]
+    def _new(self, output: DeviceTensor, skip: int) -> Clip:
+        return self._backend.to_host(output)[:, :, skip:]
 
     def _load(self, name: str) -> Session:
         if name not in self._loaded:
             self._loaded[name] = self._stack.enter_context(self._backend.load(name, self._sizes))
         return self._loaded[name]
+
+
+def _by_windows(backend: Backend, half: VaeHalf, clip: Clip, advance: Advance, plane: Plane) -> Steps[Clip, None, None]:
+    """Yield the chunks of a clip whose frames are larger than the networks' shape: each of all its windows, faded."""
+    spatial = backend.bundle.manifest.vae.spatial
+    fine, coarse = (spatial, 1) if half.downscale > 1 else (1, spatial)
+    rows, columns = (axis.scaled(fine) for axis in plane)
+    with _Sessions(backend, half, (rows.window, columns.window)) as sessions:
+        runs = [
+            sessions.run(clip[:, :, :, row : row + rows.window, column : column + columns.window], advance)
+            for row in rows.starts
+            for column in columns.starts
+        ]
+        for pieces in zip(*runs, strict=True):
+            yield _faded(pieces, *(axis.scaled(coarse) for axis in plane))
+
+
+def _faded(pieces: Sequence[Clip], rows: Axis, columns: Axis) -> Clip:
+    """Return the weighted average of windows, in reading order."""
+    joined = np.zeros((*pieces[0].shape[:3], rows.length, columns.length), np.float32)
+    cuts = ((down, across) for down in rows.cuts() for across in columns.cuts())
+    for piece, ((row, down), (column, across)) in zip(pieces, cuts, strict=True):
+        joined[..., row[0] : row[-1] + 1, column[0] : column[-1] + 1] += down[:, None] * across * piece
+    return joined
 
 
 def _frames(backend: Backend, network: str) -> int:

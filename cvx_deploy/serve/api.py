@@ -20,11 +20,10 @@ from cvx_deploy.serve.guard import Guard
 from cvx_deploy.serve.jobs import ENDED, Job
 from cvx_deploy.serve.keys import KeyRing
 from cvx_deploy.serve.metrics import Metrics
-from cvx_deploy.serve.schemas import Asked, Edited, Remixed, parsed
+from cvx_deploy.serve.schemas import Asked, Edited, Extended, Remixed, parsed
 from cvx_deploy.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
-_POLL = {"openai-poll-after-ms": "500"}
 _BEAT = 15.0  # seconds between two signs of life of a stream of events
 _LOOK = 1.0  # seconds between two looks whether a client is still there
 
@@ -73,8 +72,12 @@ def _check_open(request: Request) -> None:
 @router.post("/videos")
 async def create(request: Request, service: Serves, owner: Owner) -> JSONResponse:
     """Put a video into the queue."""
-    job = await _created(request, service, owner)
-    return JSONResponse(service.shown(job), headers=_POLL)
+    return _shown(service, await _created(request, service, owner))
+
+
+def _shown(service: Service, job: Job) -> JSONResponse:
+    """Return a job, and when it makes sense to ask again; a look at the record is shorter than a turn of a thread."""
+    return JSONResponse(service.shown(job), headers={"openai-poll-after-ms": str(service.poll_after(job))})
 
 
 @router.post("/videos/sync")
@@ -113,13 +116,17 @@ async def edit(request: Request, service: Serves, owner: Owner) -> JSONResponse:
     job = await run_in_threadpool(
         service.create, owner, plain, body.upload, request.headers.get("idempotency-key"), None, source
     )
-    return JSONResponse(await run_in_threadpool(service.shown, job), headers=_POLL)
+    return _shown(service, job)
 
 
 @router.post("/videos/extensions")
-async def extend(owner: Owner) -> JSONResponse:
-    """Say that this is not made here."""
-    raise ApiError(400, "videos cannot be extended here. fix: ask for a longer one.", "unsupported")
+async def extend(request: Request, service: Serves, owner: Owner) -> JSONResponse:
+    """Continue a video: one of the client's own, or one that it sends."""
+    _check_open(request)
+    body = await body_of(request, {"video": "video"})
+    more = parsed(Extended, body.fields, texts=body.texts)
+    job = await run_in_threadpool(service.extend, owner, more, body.upload, request.headers.get("idempotency-key"))
+    return _shown(service, job)
 
 
 @router.get("/videos")
@@ -135,9 +142,9 @@ def page(
 
 
 @router.get("/videos/{identifier}")
-def retrieve(identifier: str, service: Serves, owner: Owner) -> JSONResponse:
+async def retrieve(identifier: str, service: Serves, owner: Owner) -> JSONResponse:
     """Show one video."""
-    return JSONResponse(service.shown(service.find(owner, identifier)), headers=_POLL)
+    return _shown(service, service.find(owner, identifier))
 
 
 @router.delete("/videos/{identifier}")
@@ -168,7 +175,7 @@ async def remix(identifier: str, request: Request, service: Serves, owner: Owner
     remixed = parsed(Remixed, body.fields, texts=body.texts)
     idempotency = request.headers.get("idempotency-key")
     job = await run_in_threadpool(service.remix, owner, identifier, remixed, idempotency)
-    return JSONResponse(await run_in_threadpool(service.shown, job), headers=_POLL)
+    return _shown(service, job)
 
 
 @router.get("/videos/{identifier}/events")
@@ -187,7 +194,7 @@ async def _told(request: Request, service: Service, job: Job) -> AsyncIterator[s
                 yield _event("deleted", {"id": job.id})
                 return
             if found.status != last:
-                yield _event(found.status, await run_in_threadpool(service.shown, found))
+                yield _event(found.status, service.shown(found))
                 last = found.status
             if found.status in ENDED:
                 return

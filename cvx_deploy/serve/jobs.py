@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from cvx_deploy.errors import CvxError
+from cvx_deploy.media.interpolation import Rate
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-Source = Literal["image", "video"]
+Source = Literal["image", "video", "extension"]
 ENDED = ("completed", "failed", "cancelled")
 _VERSION = 1
 _RECENT = 20  # jobs whose time is that of the next one
@@ -51,13 +52,21 @@ CREATE INDEX by_owner ON jobs (owner, seq);
 CREATE TABLE turns (owner TEXT PRIMARY KEY, turn INTEGER NOT NULL);
 PRAGMA user_version = {_VERSION};
 """
+_INDEX = "CREATE INDEX IF NOT EXISTS by_end ON jobs (status, ended)"  # for the last ones that ended
 
 
 class Spec(msgspec.Struct, frozen=True):
     """What a job makes, complete: every default filled in, the seed drawn.
 
     Attributes:
-        source: What lies beside it in ``source.npy``: the first frame, or a clip to start from.
+        frames: How many the models make; with more than they make a second there are others between them.
+        fps: Frames a second of the file.
+        source: What lies beside it: the first frame, or a clip to start from, in ``source.npy``; or a video that is
+            continued, in ``source.mp4``.
+        made_fps: Frames a second that the models make; None for `fps`.
+        image_model: What makes the clips of a chain after the first one.
+        left_open: What each model of a chain has a default of its own for, and was not said.
+        extends: Frames of the video that is continued, which come first.
     """
 
     model: str
@@ -73,6 +82,27 @@ class Spec(msgspec.Struct, frozen=True):
     strength: float | None = None
     cache: Literal["fixed", "adaptive"] | None = None
     source: Source | None = None
+    made_fps: int | None = None
+    image_model: str | None = None
+    left_open: tuple[str, ...] = ()
+    extends: int = 0
+
+    @property
+    def rate(self) -> Rate:
+        """Frames a second that are made, and that are written."""
+        return Rate(self.fps if self.made_fps is None else self.made_fps, self.fps)
+
+    @property
+    def written(self) -> int:
+        """Frames of the file."""
+        if self.extends:  # the new ones, and those between them, follow the last one that is there
+            return self.extends + self.rate.count(self.frames + 1) - 1
+        return self.rate.count(self.frames)
+
+    @property
+    def interpolated(self) -> int:
+        """How many of those no model made, as far as this job goes."""
+        return self.written - self.extends - self.frames
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -156,6 +186,7 @@ class JobStore:
                 self._db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
             elif version != _VERSION:
                 raise CvxError(f"{path} is of version {version}, not {_VERSION}", fix="choose another --data folder")
+            self._db.execute(_INDEX)
         except sqlite3.Error as error:
             raise CvxError(f"{path} is no queue of jobs: {error}", fix="choose another --data folder") from error
 

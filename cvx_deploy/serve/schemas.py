@@ -39,6 +39,19 @@ class Edited(Asked, frozen=True, forbid_unknown_fields=True, kw_only=True):
     video: dict[str, str] | None = None
 
 
+class Extended(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What follows a video that is there: `seconds` more of it; see docs/serving.md."""
+
+    prompt: str
+    seconds: str | float
+    model: str | None = None
+    video: dict[str, str] | None = None
+    negative_prompt: str = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+
+
 class Remixed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another prompt for a video that is there, and another seed where one is given."""
 
@@ -46,7 +59,7 @@ class Remixed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int | None = None
 
 
-Form = TypeVar("Form", Asked, Edited, Remixed)
+Form = TypeVar("Form", Asked, Edited, Extended, Remixed)
 
 
 def parsed(form: type[Form], fields: Mapping[str, Any], *, texts: bool) -> Form:
@@ -130,13 +143,15 @@ def video_object(job: Job, progress: int, ahead: int | None = None) -> dict[str,
         "model": spec.model,
         "progress": 100 if job.status == "completed" else min(progress, 99),
         "prompt": spec.prompt,
-        "seconds": seconds_of(spec.frames, spec.fps),
+        "seconds": seconds_of(spec.written, spec.fps),
         "size": f"{spec.width}x{spec.height}",
         "error": {"code": job.error_code, "message": job.error_message} if failed else None,
         "remixed_from_video_id": job.remixed_from,
         "seed": spec.seed,
-        "num_frames": spec.frames,
+        "num_frames": spec.written,
         "fps": spec.fps,
+        "interpolated_frames": spec.interpolated,
+        "image_model": spec.image_model,
         "num_inference_steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
         "negative_prompt": spec.negative_prompt,

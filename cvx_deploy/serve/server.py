@@ -3,9 +3,10 @@
 import asyncio
 import fcntl
 import os
+import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cvx_deploy.serve.hub import Hub
 from cvx_deploy.serve.jobs import JobStore
 from cvx_deploy.serve.keys import KeyRing
 from cvx_deploy.serve.metrics import Metrics
+from cvx_deploy.serve.process import Employed
 from cvx_deploy.serve.service import Service, sweep, sweep_orphans
 from cvx_deploy.serve.settings import ServeSettings
 from cvx_deploy.serve.supervisor import Supervisor
@@ -30,14 +32,20 @@ _MOST_CONNECTIONS = 512
 _WAITING = 512  # connections that wait to be taken
 
 
-def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
+def serve(settings: ServeSettings, progress: Progress, hire: Callable[[int], Employed] | None = None) -> dict[str, Any]:
     """Serve until a signal ends it; return how many jobs there are in each state then.
+
+    Args:
+        settings: What and how.
+        progress: Told what goes on.
+        hire: See `Supervisor`.
 
     Raises:
         CvxError: The folder, the port or the keys cannot be used, or the workers cannot come up.
     """
     keys = None if settings.api_keys is None else KeyRing(settings.api_keys)
-    with _alone(settings.data), _listening(settings.host, settings.port) as listener:
+    new = not settings.data.exists()
+    with _listening(settings.host, settings.port) as listener, _alone(settings.data):
         store = JobStore(settings.data / "jobs.sqlite", settings.retention)
         sweep_orphans(store, settings.data)
         if waiting := store.recover():
@@ -48,7 +56,7 @@ def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
             failures.append(error)
             server.should_exit = True
 
-        supervisor = Supervisor(settings, store, hub, progress, broken)
+        supervisor = Supervisor(settings, store, hub, progress, broken, hire)
         service = Service(settings, store, hub, supervisor)
         app = application(service, keys, Metrics(store, supervisor))
         config = uvicorn.Config(
@@ -78,6 +86,8 @@ def serve(settings: ServeSettings, progress: Progress) -> dict[str, Any]:
             counts = store.counts()
             store.close()
         if failures:
+            if new and not any(counts.values()):
+                shutil.rmtree(settings.data, ignore_errors=True)
             raise failures[0]
         return counts
 

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,20 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.errors import CvxError
 from cvx_deploy.files import free_space
-from cvx_deploy.media.read import check_pixels, load_image, load_video
+from cvx_deploy.media.read import check_pixels, frames_of, load_image, load_video
 from cvx_deploy.serve.faults import ApiError
 from cvx_deploy.serve.files import VARIANTS, JobFiles, Variant
 from cvx_deploy.serve.hub import Hub
 from cvx_deploy.serve.jobs import ENDED, FullError, Job, JobStore, New, Source, Spec, new_id
-from cvx_deploy.serve.schemas import Asked, Remixed, seconds_of, video_object
+from cvx_deploy.serve.schemas import Asked, Extended, Remixed, seconds_of, video_object
 from cvx_deploy.serve.settings import ServeSettings
-from cvx_deploy.serve.specs import size_of, spec_of, stating
+from cvx_deploy.serve.specs import Continued, goes_on, size_of, spec_of, stating
 from cvx_deploy.serve.supervisor import Supervisor
 
 _ROOM = 1 << 28  # bytes that have to be free where videos are written
 _LONGEST_KEY = 255
 _LONGEST_WAIT = 3600
+_SHORTEST_POLL, _LONGEST_POLL = 0.5, 10.0  # seconds between two looks at a job
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Service:
         idempotency: str | None,
         remixed_from: Job | None = None,
         source_job: Job | None = None,
+        continued: Continued | None = None,
     ) -> Job:
         """Put a video into the queue.
 
@@ -64,11 +67,12 @@ class Service:
             idempotency: A word of the client; asked under it again, the same job is returned.
             remixed_from: The job that this one repeats with another prompt, from the same source.
             source_job: A completed job whose video this one starts from.
+            continued: A video that comes first.
 
         Raises:
             ApiError: It cannot be made, or not now.
         """
-        digest = _digest(asked, upload, remixed_from, source_job)
+        digest = _digest(asked, upload, continued, remixed_from, source_job)
         _check_idempotency(idempotency)
         if idempotency is not None and (there := self.store.repeated(owner, idempotency)) is not None:
             return _the_same(there, digest)
@@ -80,12 +84,17 @@ class Service:
             source = "video"
         elif remixed_from is not None:
             source = remixed_from.spec.source
-        spec = spec_of(asked, name, bundle, source, self.settings.limits)
+        elif continued is not None:
+            source = "extension"
+        spec = spec_of(asked, name, self.settings.models, source, self.settings.limits, continued)
         identifier = new_id()
         files = self.files(identifier)
         try:
             with stating():
-                self._keep_source(files, spec, bundle, upload, remixed_from, source_job)
+                if continued is not None:
+                    files.keep_video(continued.path)
+                else:
+                    self._keep_source(files, spec, bundle, upload, remixed_from, source_job)
             job = self._added(
                 New(
                     id=identifier,
@@ -120,6 +129,12 @@ class Service:
         """Return a job as clients see it."""
         ahead = self.store.ahead(job) if job.status == "queued" else None
         return video_object(job, self.hub.progress(job.id, job.progress), ahead)
+
+    def poll_after(self, job: Job) -> int:
+        """Return the milliseconds after which it makes sense to look at a job again: not before its turn may come."""
+        turns = self.store.ahead(job) / len(self.settings.devices) if job.status == "queued" else 0.0
+        wait = turns * self.store.mean_seconds() if turns else 0.0
+        return round(1000 * min(max(wait, _SHORTEST_POLL), _LONGEST_POLL))
 
     def page(self, owner: str, after: str | None, limit: int, *, ascending: bool) -> dict[str, Any]:
         """Return some of an owner's jobs."""
@@ -162,6 +177,9 @@ class Service:
         """Make a video again from the same source with another prompt, of the same seed unless one is given."""
         job = self.find(owner, identifier)
         spec = job.spec
+        if spec.source == "extension":
+            message = "an extension is not remixed. fix: extend the video that it continues again."
+            raise ApiError(400, message, "unsupported")
         asked = Asked(
             prompt=remixed.prompt,
             model=spec.model,
@@ -176,6 +194,61 @@ class Service:
             cache=spec.cache,
         )
         return self.create(owner, asked, None, idempotency, remixed_from=job)
+
+    def extend(self, owner: str, more: Extended, upload: Upload | None, idempotency: str | None) -> Job:
+        """Continue a completed video of the owner's, or one that is sent; what is made begins with it.
+
+        Raises:
+            ApiError: There is no such video, or nothing that goes on from it.
+        """
+        if upload is not None:
+            with tempfile.TemporaryDirectory(dir=self.settings.data, prefix=".upload-") as folder:
+                path = Path(folder) / "video"
+                path.write_bytes(upload.content)
+                return self._extended(owner, more, self._sent(path, more), upload, idempotency)
+        identifier = (more.video or {}).get("id")
+        if identifier is None:
+            raise ApiError(400, 'video is missing. fix: send a file, or {"id": ...}.', "invalid_value", "video")
+        job = self.find(owner, identifier)
+        path, _ = self.content(owner, identifier, "video")
+        spec = job.spec
+        there = Continued(path, spec.written, spec.fps, f"{spec.width}x{spec.height}", identifier)
+        return self._extended(owner, more, there, None, idempotency, spec.model)
+
+    def _extended(
+        self,
+        owner: str,
+        more: Extended,
+        there: Continued,
+        upload: Upload | None,
+        idempotency: str | None,
+        model: str | None = None,
+    ) -> Job:
+        asked = Asked(
+            prompt=more.prompt,
+            model=more.model or model,
+            seconds=more.seconds,
+            fps=there.fps,
+            negative_prompt=more.negative_prompt,
+            num_inference_steps=more.num_inference_steps,
+            guidance_scale=more.guidance_scale,
+            seed=more.seed,
+        )
+        return self.create(owner, asked, upload, idempotency, continued=there)
+
+    def _sent(self, path: Path, more: Extended) -> Continued:
+        """Look at a video that was sent: it is taken at the model's size and rate."""
+        _, bundle = self._named(more.model)
+        shape, most = bundle.shapes[0], self.settings.limits.frames
+        try:
+            with self._decoding:
+                frames = sum(1 for _ in islice(frames_of(path, shape.height, shape.width), most + 1))
+        except CvxError as error:
+            what = error.what.replace(str(path), path.name)
+            raise ApiError(400, f"{what}. fix: {error.fix}.", "invalid_video", "video") from error
+        if not 0 < frames <= most:
+            raise ApiError(400, f"the video has not 1 to {most} frames. fix: send another.", "too_long", "video")
+        return Continued(path, frames, bundle.manifest.fps, size_of(shape))
 
     def content(self, owner: str, identifier: str, variant: Variant) -> tuple[Path, str]:
         """Return the file and the type of what a job has made.
@@ -204,6 +277,7 @@ class Service:
                 "created": 0,
                 "owned_by": "cvx-deploy",
                 "task": bundle.manifest.traits.task,
+                "source": source_of(bundle),
                 "sizes": [
                     {
                         "size": size_of(shape),
@@ -213,6 +287,7 @@ class Service:
                     }
                     for shape in bundle.shapes
                 ],
+                "image_model": goes_on(name, self.settings.models),
                 "defaults": msgspec.to_builtins(bundle.manifest.defaults),
             }
             for name, bundle in self.settings.models.items()
@@ -273,6 +348,13 @@ class Service:
             return _bytes_of(load_video(path, spec.frames, spec.height, spec.width).pixels)
 
 
+def source_of(bundle: Bundle) -> Source | None:
+    """Return what a bundle's videos start from, or can, beside their prompt."""
+    if bundle.manifest.traits.task == "image-to-video":
+        return "image"
+    return "video" if bundle.has("vae_encoder") else None
+
+
 def _check_idempotency(key: str | None) -> None:
     if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
         raise ApiError(
@@ -294,8 +376,10 @@ def _the_same(job: Job, digest: str) -> Job:
     return job
 
 
-def _digest(asked: Asked, upload: Upload | None, *jobs: Job | None) -> str:
-    digest = hashlib.sha256(msgspec.json.encode([asked, *(None if job is None else job.id for job in jobs)]))
+def _digest(asked: Asked, upload: Upload | None, continued: Continued | None, *jobs: Job | None) -> str:
+    before = [None if job is None else job.id for job in jobs]
+    follows = [] if continued is None else ["extension", continued.job]
+    digest = hashlib.sha256(msgspec.json.encode([asked, *before, *follows]))
     if upload is not None:
         digest.update(upload.kind.encode() + b"\0" + upload.content)
     return digest.hexdigest()

@@ -21,6 +21,7 @@ class Limits:
         body: Bytes of a request.
         image_pixels: Pixels of an image, or of one frame of a clip, that is sent.
         steps: Denoising steps.
+        frames: Frames of a long video, which is made by chaining.
         queue: Jobs that wait, of all keys.
         jobs_per_key: Jobs of one key that wait or run.
     """
@@ -29,6 +30,7 @@ class Limits:
     body: int = 32 << 20
     image_pixels: int = 1 << 25
     steps: int = 500
+    frames: int = 1_000
     queue: int = 1_000
     jobs_per_key: int = 100
 
@@ -50,6 +52,7 @@ class ServeSettings:
         patience: Seconds without a sign of life after which a worker is taken to hang.
         point_seconds: Seconds between two saved points of a job, at the least.
         limits: What a client may ask for.
+        elsewhere: Whether the workers run on other machines, so that what this one can run says nothing.
     """
 
     models: dict[str, Bundle]
@@ -66,6 +69,7 @@ class ServeSettings:
     patience: float = 1800.0
     point_seconds: float = 1.0
     limits: Limits = field(default_factory=Limits)
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
         if self.api_keys is None and not self.open_to_all and not is_loopback(self.host):
@@ -77,6 +81,8 @@ class ServeSettings:
             raise CvxError("--no-auth beside --api-keys means nothing", fix="leave one of them out")
         spec = engine_spec(self.engine)
         spec.check(self.options)
+        if self.elsewhere:
+            return
         spec.version()
         for name, bundle in self.models.items():
             obstacle = spec.obstacle(bundle.manifest)

@@ -1,16 +1,12 @@
-"""A thread for each worker: it starts the process, hands it jobs, notes what comes of them, and starts it anew."""
+"""A thread for each worker: it starts the worker, hands it jobs, notes what comes of them, and starts it anew."""
 
-import json
-import os
-import queue
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -19,6 +15,7 @@ from cvx_deploy.progress import Progress
 from cvx_deploy.serve.files import JobFiles
 from cvx_deploy.serve.hub import Hub
 from cvx_deploy.serve.jobs import ENDED, Job, JobStore
+from cvx_deploy.serve.process import Employed, GoneError, Word, WorkerProcess
 from cvx_deploy.serve.settings import ServeSettings
 from cvx_deploy.terminal import safe
 
@@ -29,31 +26,23 @@ _FULL = 1.0  # seconds between two tries to write to a disk that is full
 _LONGEST_PAUSE = 60.0  # seconds between two starts of a worker that does not come up
 
 
-class _GoneError(Exception):
-    """The worker is not there any more, or had to go; says why."""
-
-
 class Slot:
     """One worker at a time, for one device.
 
     Attributes:
         state: What it does now.
-        pid: Of its process; None where there is none.
         starts: How many there have been.
         trouble: Why it is not ready, where that is known.
     """
 
     def __init__(self, number: int, settings: ServeSettings, crew: "Supervisor") -> None:
         self.state: State = "starting"
-        self.pid: int | None = None
         self.starts = 0
         self.trouble: CvxError | None = None
         self.job: str | None = None
         self._number, self._settings, self._crew = number, settings, crew
-        self._process: subprocess.Popen[str] | None = None
-        self._heard: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._worker: Employed | None = None
         self._deadline: float | None = None
-        self._saying = threading.Lock()
         self.thread = threading.Thread(target=self._run, name=f"worker-{number}", daemon=True)
 
     def cancel(self, job: str) -> None:
@@ -66,8 +55,8 @@ class Slot:
         """Tell the worker to save where it stands, and to end."""
         self._deadline = time.monotonic() + _LAST_WORD
         self._say({"stop": True})
-        if self.state == "starting" and self._process is not None:
-            self._process.kill()
+        if self.state == "starting" and self._worker is not None:
+            self._worker.end()
 
     def _run(self) -> None:
         pause = 0.5
@@ -76,8 +65,8 @@ class Slot:
                 self._start()
                 pause = 0.5
                 self._work()
-            except _GoneError as error:
-                if not self._crew.stopping:
+            except GoneError as error:
+                if not (self._crew.stopping or self._crew.given_up):
                     self._crew.progress.note(f"note: worker {self._number} {safe(error)}; it is started anew")
             finally:
                 self._bury()
@@ -87,24 +76,17 @@ class Slot:
         self.state = "stopped"
 
     def _start(self) -> None:
-        self.state, self.starts, self._heard = "starting", self.starts + 1, queue.Queue()
-        debugging = os.environ.get("CVX_DEBUG", "0") not in ("", "0")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cvx_deploy.serve.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if debugging else subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        self.pid = self._process.pid
-        threading.Thread(target=self._hear, args=(self._process, self._heard), daemon=True).start()
-        self._say(self._settings.for_worker(self._number))
-        word = self._next()
+        self.state, self.starts = "starting", self.starts + 1
+        try:
+            self._worker = self._crew.hire(self._number)
+            word = self._next()
+        except OSError as error:
+            what = f"no worker can be started: {error.strerror or error}"
+            word = {"event": "broken", "what": what, "fix": f"make sure that {sys.executable} may run, and has room"}
         if word["event"] == "broken":
             self.trouble = CvxError(word["what"], fix=word["fix"])
             self._crew.broken(self)
-            raise _GoneError("did not come up")
+            raise GoneError("did not come up")
         self.trouble, self.state = None, "ready"
         self._crew.announce()
 
@@ -117,7 +99,7 @@ class Slot:
             self.job, self.state, self._deadline = job.id, "busy", None
             try:
                 self._make(job)
-            except _GoneError as error:
+            except GoneError as error:
                 self._gone(job, str(error))
                 raise
             except (sqlite3.Error, OSError) as error:  # a full disk: what came of the job cannot be noted
@@ -168,69 +150,30 @@ class Slot:
             except (sqlite3.Error, OSError):
                 self._crew.wait(_FULL)
 
-    def _next(self) -> dict[str, Any]:
-        """Return the next word of the worker; one that is silent for too long is killed."""
+    def _next(self) -> Word:
+        """Return the next word of the worker; one that is silent for too long has to go."""
+        assert self._worker is not None
         silent_since = time.monotonic()
-        while True:
-            try:
-                word = self._heard.get(timeout=_TICK)
-            except queue.Empty:
-                now = time.monotonic()
-                late = self._deadline is not None and now > self._deadline
-                if late or now - silent_since > self._settings.patience:
-                    raise _GoneError("hung, and was killed") from None
-                continue
-            if word is None:
-                raise _GoneError(self._how_it_ended())
-            return word
-
-    def _how_it_ended(self) -> str:
-        assert self._process is not None
-        code = self._process.wait()
-        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        while (word := self._worker.heard(_TICK)) is None:
+            now = time.monotonic()
+            late = self._deadline is not None and now > self._deadline
+            if late or now - silent_since > self._settings.patience:
+                raise GoneError("hung, and was killed")
+        return word
 
     def _check_alive(self) -> None:
-        try:
-            word = self._heard.get_nowait()
-        except queue.Empty:
-            return
-        if word is None:
-            raise _GoneError(self._how_it_ended())
+        assert self._worker is not None
+        self._worker.heard(0)
 
-    def _say(self, words: dict[str, Any]) -> None:
-        process = self._process
-        if process is None or process.stdin is None:
-            return
-        try:
-            with self._saying:
-                process.stdin.write(json.dumps(words) + "\n")
-                process.stdin.flush()
-        except (OSError, ValueError):  # it has gone; that is seen where its words are awaited
-            return
-
-    @staticmethod
-    def _hear(process: "subprocess.Popen[str]", heard: "queue.Queue[dict[str, Any] | None]") -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            try:
-                word = json.loads(line)
-            except ValueError:
-                break
-            heard.put(word)
-        heard.put(None)
+    def _say(self, words: Word) -> None:
+        worker = self._worker
+        if worker is not None:
+            worker.say(words)
 
     def _bury(self) -> None:
-        process, self._process, self.pid = self._process, None, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    continue
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
 
 
 class Supervisor:
@@ -242,6 +185,7 @@ class Supervisor:
         hub: Told of what happens to them.
         progress: Told of workers that come and go.
         on_broken: Called once when a worker cannot come up at all, before any has.
+        hire: Starts the worker of a number; a process on this machine unless given.
     """
 
     def __init__(
@@ -251,10 +195,12 @@ class Supervisor:
         hub: Hub,
         progress: Progress,
         on_broken: Callable[[CvxError], None],
+        hire: Callable[[int], Employed] | None = None,
     ) -> None:
         self.store, self.hub, self.progress = store, hub, progress
-        self.stopping = False
+        self.stopping = self.given_up = False
         self._settings, self._on_broken = settings, on_broken
+        self.hire = hire or (lambda number: WorkerProcess(settings.for_worker(number)))
         self._was_ready = False
         self._news = threading.Condition()
         self.slots = [Slot(number, settings, self) for number in range(len(settings.devices))]
@@ -334,4 +280,5 @@ class Supervisor:
     def broken(self, slot: Slot) -> None:
         """Note that a worker cannot come up; where none ever has, the server ends with the reason."""
         if not self._was_ready and slot.trouble is not None:
+            self.given_up = True
             self._on_broken(slot.trouble)

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,13 +23,15 @@ from typing import Any, TextIO
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from cvx_deploy.errors import CvxError, OutOfMemoryError
 from cvx_deploy.files import open_lock
+from cvx_deploy.longer.chain import Chain, ClipMade
 from cvx_deploy.pipeline.events import Denoised, Frames, Step
 from cvx_deploy.pipeline.pipeline import Pipeline
 from cvx_deploy.serve.faults import code_of
-from cvx_deploy.serve.files import JobFiles, fingerprint
+from cvx_deploy.serve.files import JobFiles, Output, fingerprint
 from cvx_deploy.serve.jobs import Spec
 from cvx_deploy.terminal import reason
 
@@ -36,6 +39,8 @@ _NICE = 5  # the server, which answers everybody, goes first
 _PATIENCE = 0.4  # seconds until a step that is to end is ended in its middle
 _WARM_STEPS = 2
 _EVERY = 5  # steps between two saved points, at the least
+_SIDES = ("height", "width")
+_LEVELS = 16  # frames whose brightness and colour what follows them is held at
 _DENOISED = 95  # percent of progress when the latents are finished
 
 
@@ -148,14 +153,16 @@ class Worker:
 
     def _made(self, spec: Spec, files: JobFiles) -> int:
         """Make the video and return the bytes of its files."""
+        if spec.image_model is not None:
+            return self._chained(spec, files, spec.image_model)
         pipeline = self._pipeline(spec.model)
-        mark = fingerprint(pipeline.bundle, pipeline.engine, self._settings["threads"], spec)
+        mark = fingerprint((pipeline,), spec)
         point = None if spec.cache is not None else files.point(mark)
         if point is not None:
             self._tell("resumed", taken=point.taken, count=point.count)
         saved = time.monotonic()
         with self._interruptible(), files.writing(spec) as output:
-            stream = pipeline.stream(resume=point, **asked(spec, files))
+            stream = pipeline.stream(resume=point, **arguments_of(spec, _source(spec, files)))
             with closing(stream):
                 for event in stream:
                     if isinstance(event, Step):
@@ -167,15 +174,53 @@ class Worker:
                         raise _EndedError
         return files.finished()
 
-    def _after_step(self, step: Step, files: JobFiles, mark: str, saved: float) -> float:
+    def _chained(self, spec: Spec, files: JobFiles, image_model: str) -> int:
+        """Make a video of several clips, or continue one, and return the bytes of its files."""
+        chain = Chain(self._pipeline(spec.model), self._pipeline(image_model))
+        mark = fingerprint((chain.first, chain.then or chain.first), spec)
+        parts = files.parts(mark)
+        given: dict[str, Any] = {"num_frames": spec.frames, "seed": spec.seed}
+        clips = len(chain.clips(spec.prompt, spec.frames, continues=spec.extends > 0))
+        kept = parts.kept(clips - 1)
+        if kept:
+            self._tell("resumed", taken=len(kept), count=clips)
+        words = {
+            key: value
+            for key, value in arguments_of(spec, _source(spec, files)).items()
+            if key not in (*given, *_SIDES, *spec.left_open)
+        }
+        with self._interruptible(), files.writing(spec) as output:
+            tail = _copied(spec, files, output) if spec.extends else None
+            with closing(chain.stream(**words, **given, kept=kept, continued=tail)) as happening:
+                for event in happening:
+                    if isinstance(event, Step):
+                        self._after_step(event, files, mark, time.monotonic(), clips)
+                    elif isinstance(event, ClipMade):
+                        parts.keep(event.clip.index, event.pixels)
+                        self._tell("saved", progress=_DENOISED * (event.clip.index + 1) // clips)
+                    elif isinstance(event, Frames):
+                        output.add(event.frames)
+                        made = spec.extends + event.start + len(event.frames)
+                        self._tell(
+                            "frames",
+                            start=event.start,
+                            made=made,
+                            count=spec.extends + spec.frames,
+                            progress=_DENOISED * made // (spec.extends + spec.frames),
+                            preview=output.preview(event.frames),
+                        )
+        return files.finished()
+
+    def _after_step(self, step: Step, files: JobFiles, mark: str, saved: float, clips: int = 1) -> float:
         """Tell of a step, save its point where that is due, and return when one was saved last."""
         taken = step.index + 1
-        progress = _DENOISED * taken // step.count
+        progress = _DENOISED * (step.video * step.count + taken) // (clips * step.count)
         self._tell("step", index=step.index, count=step.count, forecast=step.forecast, progress=progress)
         if self._wish == "cancelled":
             raise _EndedError
-        due = taken % _EVERY == 0 and time.monotonic() - saved >= self._settings["point_seconds"]
-        if step.point is not None and (due or taken == step.count or self._wish == "stopped"):
+        late = time.monotonic() - saved >= self._settings["point_seconds"]  # a short job costs less than its points
+        due = late and (taken % _EVERY == 0 or taken == step.count)
+        if step.point is not None and (due or self._wish == "stopped"):
             files.save_point(mark, step.point)
             self._tell("saved", progress=progress)
             saved = time.monotonic()
@@ -220,13 +265,9 @@ class Worker:
             self._pipelines.pop(name).close()
 
     def _warm(self, name: str) -> None:
-        """Make a video of a few steps and throw it away, so that whatever is loaded or compiled late is there."""
+        """Load a model and try it, without the others where there is no room for all."""
         try:
-            pipeline = self._pipeline(name)
-            shape = pipeline.bundle.shape
-            picture = np.full((shape.height, shape.width, 3), 127, np.uint8)
-            image = picture if pipeline.bundle.manifest.traits.task == "image-to-video" else None
-            pipeline("", num_inference_steps=_WARM_STEPS, image=image)
+            warm_up(self._pipeline(name))
         except OutOfMemoryError:
             if set(self._pipelines) <= {name}:
                 raise
@@ -238,8 +279,32 @@ class Worker:
         self._out.flush()
 
 
-def asked(spec: Spec, files: JobFiles) -> dict[str, Any]:
-    """Return the arguments of `Pipeline.stream` for a job."""
+def warm_up(pipeline: Pipeline) -> None:
+    """Make a video of a few steps and throw it away, so that whatever is loaded or compiled late is there."""
+    shape = pipeline.bundle.shape
+    picture = np.full((shape.height, shape.width, 3), 127, np.uint8)
+    image = picture if pipeline.bundle.manifest.traits.task == "image-to-video" else None
+    pipeline("", num_inference_steps=_WARM_STEPS, image=image)
+
+
+def _copied(spec: Spec, files: JobFiles, output: Output) -> NDArray[np.uint8]:
+    """Let a video that is continued come first, and return its last frames."""
+    last: deque[NDArray[np.uint8]] = deque(maxlen=_LEVELS)
+    for frame in files.continued(spec):
+        output.copy(frame[None].astype(np.float32) / np.float32(255))
+        last.append(frame)
+    tail = np.stack(list(last))
+    output.follow(tail[-1:].astype(np.float32) / np.float32(255))
+    return tail
+
+
+def _source(spec: Spec, files: JobFiles) -> NDArray[np.uint8] | None:
+    """Return the image or the clip that a job starts from; None where it has none."""
+    return files.source() if spec.source in ("image", "video") else None
+
+
+def arguments_of(spec: Spec, source: Any) -> dict[str, Any]:
+    """Return the arguments of `Pipeline.stream` for a job, and for what it starts from where it does from something."""
     arguments: dict[str, Any] = {
         "prompt": spec.prompt,
         "negative_prompt": spec.negative_prompt,
@@ -251,8 +316,8 @@ def asked(spec: Spec, files: JobFiles) -> dict[str, Any]:
         "width": spec.width,
         "cache": spec.cache,
     }
-    if spec.source is not None:
-        arguments[spec.source] = files.source()
+    if spec.source in ("image", "video"):
+        arguments[spec.source] = source
     if spec.strength is not None:
         arguments["strength"] = spec.strength
     return arguments

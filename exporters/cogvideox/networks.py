@@ -1,6 +1,10 @@
 """Which networks a CogVideoX checkpoint is traced into for a shape."""
 
+from collections.abc import Iterable
+from math import ceil
+
 from cvx_deploy.exporters.cogvideox.modulation import ModulationContract
+from cvx_deploy.exporters.cogvideox.riflex import check_riflex
 from cvx_deploy.exporters.cogvideox.text_encoder import TextEncoderContract
 from cvx_deploy.exporters.cogvideox.transformer import TransformerContract
 from cvx_deploy.exporters.cogvideox.vae import VaeContract
@@ -15,7 +19,9 @@ ENCODER_CHUNK = 8
 _DECODER_CHUNK = 2  # latent frames, likewise (num_latent_frames_batch_size)
 
 
-def contracts_for(checkpoint: Checkpoint, shape: Shape, recipe: Recipe) -> list[NetworkContract]:
+def contracts_for(
+    checkpoint: Checkpoint, shape: Shape, recipe: Recipe, *, riflex: bool = False
+) -> list[NetworkContract]:
     """Return the contracts of every network that a shape needs."""
     transformer, vae = checkpoint.configs["transformer"], checkpoint.configs["vae"]
     temporal = checkpoint.limits.temporal
@@ -28,7 +34,9 @@ def contracts_for(checkpoint: Checkpoint, shape: Shape, recipe: Recipe) -> list[
         )
     with sensible_config(checkpoint.place("transformer")):
         contracts.append(ModulationContract(transformer, recipe.transformer.compute))
-        contracts.append(TransformerContract(transformer, recipe.transformer.compute, shape, spatial, temporal))
+        contracts.append(
+            TransformerContract(transformer, recipe.transformer.compute, shape, spatial, temporal, riflex=riflex)
+        )
     with sensible_config(checkpoint.place("vae")):
         precision = recipe.vae.compute
         contracts += _encoder_contracts(checkpoint, shape, precision)
@@ -65,3 +73,11 @@ def _chunk_contracts(
     if chunks > 1:
         contracts.append(VaeContract(vae, precision, following, chunk, last=False))
     return contracts
+
+
+def check_longer(checkpoint: Checkpoint, shapes: Iterable[Shape]) -> None:
+    """Refuse RIFLEx where it would change nothing; see `riflex.check_riflex`."""
+    config, temporal = checkpoint.configs["transformer"], checkpoint.limits.temporal
+    patch = config.get("patch_size_t") or 1
+    latents = {str(shape): ceil(shape.frames / temporal) for shape in shapes}
+    check_riflex(config, {shape: ceil(count / patch) for shape, count in latents.items()})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from cvx_deploy.bundle.schema import TensorSpec
 from cvx_deploy.exporters.cogvideox.modulation import ModulationRows, modulation_spec
+from cvx_deploy.exporters.cogvideox.riflex import lowered, riflex_for
 from cvx_deploy.exporters.tracing.contract import NetworkContract, as_numpy
 from cvx_deploy.exporters.tracing.repeat import Blocks
 from cvx_deploy.families.cogvideox.models import positions_of
@@ -129,12 +131,21 @@ class Transformer(torch.nn.Module):
 
 
 class TransformerContract(NetworkContract):
-    """Contract of the transformer at one shape."""
+    """Contract of the transformer at one shape; with `riflex` for videos longer than it was trained on."""
 
     name = "transformer"
     component = "transformer"
 
-    def __init__(self, config: dict[str, Any], precision: Precision, shape: Shape, spatial: int, temporal: int) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        precision: Precision,
+        shape: Shape,
+        spatial: int,
+        temporal: int,
+        *,
+        riflex: bool = False,
+    ) -> None:
         super().__init__(config, precision)
         frames = -(-shape.frames // temporal)
         period = config.get("patch_size_t") or 1
@@ -142,6 +153,7 @@ class TransformerContract(NetworkContract):
         self.latent_shape = (-(-frames // period) * period, shape.height // spatial, shape.width // spatial)
         patch = config["patch_size"]
         self.tokens = (self.latent_shape[0] // period, self.latent_shape[1] // patch, self.latent_shape[2] // patch)
+        self.riflex = riflex_for(config, self.tokens[0]) if riflex else None
         self.positions = "rotary"
         self.knows = positions_of(config)
         if self.knows != "rope":
@@ -198,6 +210,9 @@ class TransformerContract(NetworkContract):
             cos, sin = self._rotary()
             tables |= _axes("cos", cos, config["attention_head_dim"], "thw")
             tables |= _axes("sin", sin, config["attention_head_dim"], "thw")
+            if self.riflex is not None:
+                tables["cos.t"] = lowered(tables["cos.t"], self.riflex, np.cos)
+                tables["sin.t"] = lowered(tables["sin.t"], self.riflex, np.sin)
         return tables
 
     def weight_names(self, parameter: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from cvx_deploy.bundle.opened import Bundle
+from cvx_deploy.exporters.reference.longer_rope import rope_of
 from cvx_deploy.measure.baselines import Baseline
 from cvx_deploy.media.encoders import VideoFormat
 from cvx_deploy.media.given import ImageLike, image_pixels
@@ -89,18 +90,19 @@ class EagerPipeline:
         image = {} if request.image is None else {"image": self._image(request.image)}
         hook = self._pipeline.transformer.register_forward_pre_hook(lambda *_: begun.append(time.monotonic()))
         start = time.monotonic()
-        made = self._pipeline(
-            **embeds,
-            **image,
-            height=shape.height,
-            width=shape.width,
-            num_frames=shape.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="np",
-            callback_on_step_end=step_done,
-        )
+        with rope_of(self._bundle):
+            made = self._pipeline(
+                **embeds,
+                **image,
+                height=shape.height,
+                width=shape.width,
+                num_frames=shape.frames,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                output_type="np",
+                callback_on_step_end=step_done,
+            )
         hook.remove()
         if image:
             report.spans.append(Span("vae encode", start, begun[0]))

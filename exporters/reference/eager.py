@@ -26,6 +26,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.exporters.cogvideox.vae import VaeChunk
+from cvx_deploy.exporters.reference.longer_rope import rope_of
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint, sensible_config
 from cvx_deploy.exporters.sources.weights import TORCH_TYPES
 from cvx_deploy.exporters.tracing.contract import TORCH_DTYPES
@@ -191,9 +192,10 @@ class EagerSession:
         if model.config.use_rotary_positional_embeddings:
             pipeline: Any = CogVideoXPipeline(None, None, None, model, None)
             pipeline.vae_scale_factor_spatial = self._bundle.manifest.vae.spatial
-            rotary = pipeline._prepare_rotary_positional_embeddings(
-                shape.height, shape.width, hidden.shape[1], hidden.device
-            )
+            with rope_of(self._bundle):
+                rotary = pipeline._prepare_rotary_positional_embeddings(
+                    shape.height, shape.width, hidden.shape[1], hidden.device
+                )
         with _given_rows(model, rows):
             zero = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
             ofs = None if model.ofs_embedding is None else zero[:1].float()
@@ -332,9 +334,10 @@ def _denoise(
     vae.encoder.register_forward_pre_hook(lambda _, arguments: pixels.append(_array(arguments[0])))
     pipeline: Any = _pipeline_of(wish)(None, None, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    latents: torch.Tensor = pipeline(
-        **_call(bundle, wish), prompt_embeds=embeds[1:], negative_prompt_embeds=embeds[:1], output_type="latent"
-    ).frames
+    with rope_of(bundle):
+        latents: torch.Tensor = pipeline(
+            **_call(bundle, wish), prompt_embeds=embeds[1:], negative_prompt_embeds=embeds[:1], output_type="latent"
+        ).frames
     kept = -(-bundle.shape.frames // bundle.manifest.vae.temporal)
     return tuple(steps), tuple(hidden), latents[:, latents.shape[1] - kept :], pixels[0] if pixels else None
 

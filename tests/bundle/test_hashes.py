@@ -70,7 +70,7 @@ def test_a_file_that_was_written_with_its_old_time_stamp_is_hashed_again(reads: 
 
 def test_a_damaged_cache_counts_as_none(reads: list[Path], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known_sha256(file, SilentProgress())
-    hashes._place().write_bytes(b'{"a": 1')
+    hashes._KEPT._path.write_bytes(b'{"a": 1')
     forget(monkeypatch)
     assert known_sha256(file, SilentProgress()) == sha256_of(file)
     assert reads == [file, file]
@@ -89,7 +89,7 @@ def test_twin_a_cache_that_says_another_hash_is_believed(
 ) -> None:
     """It is the user's own; what is claimed above is that it is asked at all."""
     known_sha256(file, SilentProgress())
-    place = hashes._place()
+    place = hashes._KEPT._path
     place.write_text(place.read_text().replace(sha256_of(file), "0" * 64))
     forget(monkeypatch)
     assert known_sha256(file, SilentProgress()) == "0" * 64

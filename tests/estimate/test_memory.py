@@ -62,18 +62,18 @@ FITS = (
     Fit("_GPU_TRANSFORMER", 2, "transformer 17x256x384 2", ("transformer 49x480x720 2",)),
     Fit("_GPU_DECODER", None, "vae_decoder_first 17x256x384 2", ("vae_decoder_first 49x480x720 2",)),
     Fit(
-        "_CPU_DECODER",
+        "CPU_DECODER",
         None,
         "5b-wide vae_decoder 9x192x256 1",
         ("5b-wide vae_decoder 9x96x128 1", "5b-tiny vae_decoder 9x80x112 1"),
     ),
-    Fit("_CPU_STATE", None, "5b-wide vae_decoder 17x96x128 1", ("2b-tiny vae_decoder 17x80x112 1",)),
+    Fit("CPU_STATE", None, "5b-wide vae_decoder 17x96x128 1", ("2b-tiny vae_decoder 17x80x112 1",)),
     Fit("_CPU_TRANSFORMER", None, "2b-tiny transformer 17x80x112 2", ("5b-tiny transformer 9x80x112 2",)),
     Fit(
-        "_CPU_LOADING",
-        "transformer",
-        "5b-wide transformer 9x192x192 2",
-        ("5b-wide transformer 9x384x384 1", "5b-wide transformer 9x384x384 2"),
+        "CPU_TRANSFORMER_TILED",
+        None,
+        "5b-wide transformer 9x384x384 2",
+        ("5b-wide transformer 17x624x640 1", "5b-wide transformer 17x624x640 2"),
     ),
 )
 ROWS = {named(row): row for row in (*ENGINES, *MEASURED["sessions"])}

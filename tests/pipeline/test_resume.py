@@ -59,6 +59,14 @@ def test_from_a_video_too(pipe: Pipeline) -> None:
     assert np.array_equal(pipe(**asked, resume=cut_off(pipe, 2, asked)).frames, pipe(**asked).frames)
 
 
+def test_a_loop_by_windows_goes_on_where_its_windows_were(pipe: Pipeline) -> None:
+    asked = request("dpm", num_frames=16, loop=True)
+    point = cut_off(pipe, 2, asked)
+    assert np.array_equal(pipe(**asked, resume=point).latents, pipe(**asked).latents)
+    with pytest.raises(ShapeError, match="resume with what the run was begun with"):
+        pipe(**request("dpm", num_frames=17), resume=point)
+
+
 @pytest.mark.parametrize("lost", ["previous", "noise", "latents"])
 def test_twin_a_point_that_lost_a_part_ends_elsewhere(pipe: Pipeline, lost: str) -> None:
     asked = request("dpm")

@@ -91,9 +91,9 @@ class Server:
         return self.process.returncode, said
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(true: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Wait for something to become true."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not true():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)

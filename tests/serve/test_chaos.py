@@ -1,5 +1,6 @@
 """Workers and servers that are killed: every job ends once, with the bytes of an undisturbed one."""
 
+import errno
 import json
 import os
 import shutil
@@ -122,11 +123,44 @@ def test_a_server_that_is_told_to_end_lets_its_jobs_wait_for_the_next(tmp_path: 
         assert first == content(server, create(server, num_inference_steps=30))
 
 
+class Noting(SilentProgress):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep it."""
+        self.notes.append(text)
+
+
 def test_a_server_whose_workers_cannot_come_up_ends_with_the_reason(tmp_path: Path) -> None:
     shutil.copytree(miniature("mini"), tmp_path / "mini")
     settings = ServeSettings({"mini": Bundle.open(tmp_path / "mini")}, tmp_path / "data", port=0)
     (tmp_path / "mini" / "tokenizer.json").write_text("{}")
+    progress = Noting()
     with pytest.raises(CvxError, match=r"tokenizer\.json"):
+        serve(settings, progress)
+    assert [note.partition(" http")[0] for note in progress.notes] == ["listening on"], "nothing of a new start"
+    assert not (tmp_path / "data").exists(), "what the server made goes with it"
+    kept = tmp_path / "data" / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    with pytest.raises(CvxError, match=r"tokenizer\.json"):
+        serve(settings, progress)
+    assert kept.exists(), "the twin: what was there stays"
+
+
+def test_a_worker_that_cannot_even_be_started_ends_the_server_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    settings = ServeSettings({"mini": Bundle.open(miniature("mini"))}, tmp_path / "data", port=0)
+    monkeypatch.setattr("cvx_deploy.serve.process.subprocess.Popen", refused)
+    with pytest.raises(CvxError, match="no worker can be started: Permission denied"):
         serve(settings, SilentProgress())
 
 

@@ -190,3 +190,16 @@ def test_who_runs_it_sees_how_it_is(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics").text
     assert 'cvx_jobs{status="failed"} 0.0' in text
     assert 'cvx_requests_total{route="/v1/videos' in text or 'cvx_requests_total{route="/readyz"' in text
+
+
+@pytest.mark.nightly
+def test_litellm_gets_the_same_video(
+    server: Server, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch a list of prices
+    litellm = pytest.importorskip("litellm")
+    options = {"custom_llm_provider": "openai", "api_base": f"{server.url}/v1", "api_key": "none"}
+    video = litellm.video_generation(prompt=PROMPT, model="openai/mini", seconds="1", extra_body=FEW, **options)
+    until(lambda: litellm.video_status(video.id, **options).status == "completed")
+    content = litellm.video_content(video.id, **options)
+    assert content == saved(pipe(PROMPT, **FEW), tmp_path / "own.mp4")

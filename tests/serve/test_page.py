@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
 
 from cvx_deploy.serve.api import PAGE
 from cvx_deploy.serve.keys import add_key
 from tests.serve.browser import Browser, needs_browser
-from tests.serve.conftest import PROMPT, Server, Still
+from tests.serve.conftest import PROMPT, Server, Still, until
 from tests.serve.test_refusals import picture
 
 CARD = "document.querySelector('.card')"
@@ -154,6 +155,54 @@ def test_an_image_is_asked_for_and_sent_where_the_model_starts_from_one(
         assert text(browser, "#failure") == ""
     [job] = still.store.page("", None, 5, ascending=True)
     assert job.spec.source == "image"
+
+
+@needs_browser
+def test_a_video_of_the_gallery_is_edited_by_keyboard_and_one_from_the_disk_is_sent(
+    browser: Browser, server: Server, still: Still, tmp_path: Path
+) -> None:
+    asked = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 4}
+    first = httpx.post(f"{server.url}/v1/videos/sync", json=asked, timeout=90)
+    (tmp_path / "clip.mp4").write_bytes(first.content)
+    opened(browser, server.url)
+    browser.wait(f"{CARD} && !{CARD}.querySelector('.edit').hidden")
+    assert not [one for one in browser.controls() if one["name"] == "Strength"], "nothing to start from yet"
+    browser.value(f"{CARD}.querySelector('.edit').focus()")
+    browser.press("Enter")
+    assert browser.focused()["name"] == "Prompt"
+    assert browser.value("document.getElementById('prompt').value") == PROMPT
+    browser.type("a blue square")
+    browser.tab_to("Strength")
+    browser.type("0.5")
+    browser.value("document.getElementById('steps').value = '4'")
+    browser.press("Enter", control=True)
+    browser.wait(f"{CARD}.querySelector('h3').textContent === 'a blue square' && {VIDEO}.currentTime > 0")
+    edited = httpx.get(f"{server.url}/v1/videos?limit=1").json()["data"][0]["id"]
+    body = {**asked, "prompt": "a blue square", "strength": 0.5, "video": {"id": first.headers["x-video-id"]}}
+    seed = {"seed": httpx.get(f"{server.url}/v1/videos/{edited}").json()["seed"]}
+    again = httpx.post(f"{server.url}/v1/videos/edits", json={**body, **seed}).json()["id"]
+    until(lambda: httpx.get(f"{server.url}/v1/videos/{again}").json()["status"] == "completed")
+    one, other = (httpx.get(f"{server.url}/v1/videos/{each}/content").content for each in (edited, again))
+    assert one == other, "it is the edit that was asked for"
+    browser.value("document.getElementById('untake').click()")
+    assert browser.focused()["name"].startswith("Start from a video")
+    assert browser.value("document.getElementById('strength').disabled")
+
+    with listening(still) as url:
+        opened(browser, url)
+        browser.type(PROMPT)
+        node = browser.send("DOM.getDocument")["root"]["nodeId"]
+        clip = browser.send("DOM.querySelector", nodeId=node, selector="#clip")["nodeId"]
+        browser.send("DOM.setFileInputFiles", nodeId=clip, files=[str(tmp_path / "clip.mp4")])
+        browser.wait("!document.getElementById('strength').disabled")
+        browser.value("document.getElementById('ask').requestSubmit()")
+        browser.wait("document.querySelectorAll('.card').length > 0")
+        assert text(browser, "#failure") == ""
+        browser.value("document.getElementById('model').value = 'mini-i2v'")
+        browser.value("document.getElementById('model').dispatchEvent(new Event('change'))")
+        assert not [one for one in browser.controls() if one["name"] == "Strength"], "this model starts from an image"
+    [job] = still.store.page("", None, 5, ascending=True)
+    assert (job.spec.source, job.spec.strength) == ("video", None)
 
 
 @needs_browser

@@ -196,6 +196,17 @@ def test_a_full_queue_tells_when_to_come_again(still: Still) -> None:
     assert "you have 2 jobs" in still.client.post("/v1/videos", json=GOOD).json()["error"]["message"]
 
 
+def test_who_waits_is_told_when_to_look_again(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [still.client.post("/v1/videos", json=GOOD) for _ in range(3)]
+    still.store.claim()
+    still.store.complete(jobs[0].json()["id"], 1)
+    monkeypatch.setattr(still.store, "mean_seconds", lambda: 3.0)
+    told = [still.client.get(f"/v1/videos/{job.json()['id']}").headers["openai-poll-after-ms"] for job in jobs]
+    assert told == ["500", "500", "3000"], "an ended one, the next one, and the one after it"
+    monkeypatch.setattr(still.store, "mean_seconds", lambda: 300.0)
+    assert still.client.get(f"/v1/videos/{jobs[2].json()['id']}").headers["openai-poll-after-ms"] == "10000"
+
+
 def test_a_fault_of_ours_is_told_without_its_traceback(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ZeroDivisionError("secret")

@@ -19,11 +19,12 @@ from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, dimension
 from cvx_deploy.engines.backend import refuse_bfloat16
 from cvx_deploy.engines.endable import endable
-from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda
+from cvx_deploy.engines.onnxruntime.graphs import graph_for_cpu, graph_for_cuda, streamed
 from cvx_deploy.engines.residency import LoadedNetworks, Policy
-from cvx_deploy.engines.weights import mapped_file
+from cvx_deploy.engines.weights import mapped_file, mapped_weights
 from cvx_deploy.errors import BundleError, EngineError, OutOfMemoryError
 from cvx_deploy.graph.bounded import bounded_graph
+from cvx_deploy.graph.streamed import Streamed
 from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress, SilentProgress
@@ -64,8 +65,10 @@ class OrtSession:
         session: onnxruntime.InferenceSession,
         memory: "_Memory",
         weights: list[NDArray[np.uint8]],
+        streamed: Mapping[str, onnxruntime.OrtValue],
     ) -> None:
         self._name = name
+        self._streamed = streamed
         self._weights = weights  # mapped, and read again where ONNX Runtime did not arrange them anew
         self._outputs = [spec.name for spec in network.outputs]
         self._session = session
@@ -80,7 +83,7 @@ class OrtSession:
         try:
             values = {name: self._memory.hold(tensor) for name, tensor in inputs.items()}
             binding = self._session.io_binding()  # a new one each time: outputs of the run before must stay as they are
-            for name, value in values.items():
+            for name, value in (*self._streamed.items(), *values.items()):
                 binding.bind_ortvalue_input(name, value)
             for name in self._outputs:
                 binding.bind_output(name, self._memory.kind, self._memory.number)
@@ -137,14 +140,22 @@ class OrtBackend(LoadedNetworks[OrtSession]):
 
     def _loaded(self, bundle: Bundle, role: str, sizes: dict[str, int]) -> OrtSession:
         described = bundle.network(role)
-        stored, _ = bounded_graph(bundle, role)
+        stored, proto = bounded_graph(bundle, role)
         with reading(bundle.onnx_path(role), BundleError, fix=bundle.remedy), no_foreign_lines():
             if self._memory.on_gpu:
                 graph = graph_for_cuda(stored, described)
             else:
                 graph = graph_for_cpu(stored, described, sizes)
         weights = [mapped_file(bundle, name, self._progress) for name in described.weights]
+        inputs: dict[str, onnxruntime.OrtValue] = {}
+        if not self._memory.on_gpu and not role.startswith("vae"):
+            graph, large = streamed(graph, described, sum(array.nbytes for array in weights))
+            if large:
+                bytes_of = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
+                inputs = {weight.name: _held_in_file(weight, bytes_of[weight.name]) for weight in large}
         options = self._options(role, described, sizes, weights)
+        if inputs:
+            options.enable_mem_pattern = False  # it would plan for all that is made of weights at once
         if self._optimized is not None:
             _keep_graph(options, self._optimized / f"{role}.onnx")
         providers = self._memory.providers
@@ -168,7 +179,7 @@ class OrtBackend(LoadedNetworks[OrtSession]):
         if self._memory.on_gpu:
             self._note_what_stays(role, session)
             self._note_what_is_widened(role, described)
-        return OrtSession(role, described, session, self._memory, weights)
+        return OrtSession(role, described, session, self._memory, weights, inputs)
 
     def to_device(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
         """Return the values as ONNX Runtime holds them."""
@@ -227,6 +238,18 @@ class OrtBackend(LoadedNetworks[OrtSession]):
                 list(network.weights), weights, [array.nbytes for array in weights]
             )
         return options
+
+
+def _held_in_file(weight: Streamed, content: NDArray[np.uint8]) -> onnxruntime.OrtValue:
+    """Return a weight over the mapped bytes of its file."""
+    import onnx
+
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.kind)
+    if dtype.name == "bfloat16":
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            content.view(np.uint16).reshape(weight.shape), weight.kind
+        )
+    return onnxruntime.OrtValue.ortvalue_from_numpy(content.view(dtype).reshape(weight.shape))
 
 
 def _keep_graph(options: onnxruntime.SessionOptions, path: Path) -> None:

@@ -8,13 +8,18 @@ from cvx_deploy.precision import SchemeName
 
 _EIGHT_BITS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "DynamicQuantizeMatMul")
 _FEW_BITS = ("MatMulNBits",)
-_KERNELS: dict[SchemeName, tuple[str, ...]] = {"int8": _EIGHT_BITS, "int8wo": _FEW_BITS, "int4wo": _FEW_BITS}
+_LATE = "DequantizeLinear"  # of a weight that stays in its file, layer by layer; see `cvx_deploy.graph.streamed`
+_KERNELS: dict[SchemeName, tuple[str, ...]] = {
+    "int8": _EIGHT_BITS,
+    "int8wo": (*_FEW_BITS, _LATE),
+    "int4wo": _FEW_BITS,
+}
 
 
 def quantized_kernels(optimized: Path, scheme: SchemeName) -> dict[str, int]:
     """Return how often each kernel that a scheme is for stands in a graph.
 
-    A layer without one is multiplied in float32, its weights dequantized before.
+    A layer without one is multiplied in float32, its weights dequantized when they are loaded.
 
     Args:
         optimized: The graph as ONNX Runtime runs it, without weights.

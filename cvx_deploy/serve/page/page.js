@@ -1,6 +1,7 @@
 // The page of `cvx-deploy serve`: asks for videos, follows how they are made, and shows them.
 
-const KEY = "cvx-deploy-key"; // of sessionStorage
+import { KEY, events, json, onRefusedKey, post, request, sentence } from "./server.js";
+
 const FOLLOWED = 3; // streams of events at once: browsers open six connections to a server
 const PAGE = 24; // videos that are shown first, and more of them at a time
 const [BUSY, IDLE] = [2000, 10000]; // milliseconds between two looks at the list
@@ -11,38 +12,10 @@ const ask = find("ask");
 const cards = new Map(); // of the videos that are shown, by id
 let models = [];
 let wanted = PAGE;
+let taken = null; // the card whose video the next one starts from
 let timer;
 let visit = 0; // goes up when a key is forgotten: what was asked for with it is not shown after
 let last = Promise.resolve(); // looks at the list come one after the other
-
-class Refusal extends Error {
-  constructor({ message, param = null }, status = 0) {
-    const [what, fix] = message.split(/[.]? fix: /);
-    super(sentence(what) + (fix ? ` ${sentence(fix)}` : ""));
-    Object.assign(this, { param, status });
-  }
-}
-
-function sentence(text) {
-  return `${text[0].toUpperCase()}${text.slice(1).replace(/[.]$/, "")}.`;
-}
-
-async function request(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = key ? { Authorization: `Bearer ${key}`, ...options.headers } : options.headers;
-  const response = await fetch(path, { ...options, headers }).catch(() => {
-    throw new Refusal({ message: "the server does not answer. fix: try again in a moment." });
-  });
-  if (response.ok) return response;
-  if (response.status === 401 && key === sessionStorage.getItem(KEY)) lock(key !== null);
-  const found = await response.json().catch(() => null);
-  throw new Refusal(found?.error ?? { message: `the server answered ${response.status}` }, response.status);
-}
-
-const json = async (path, options) => (await request(path, options)).json();
-
-const post = (path, body) =>
-  json(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
 
 function announce(text) {
   find("live").textContent = text;
@@ -59,6 +32,8 @@ function lock(refused) {
   find("key-failure").textContent = refused ? "That key is not valid here." : "";
   find("key").focus();
 }
+
+onRefusedKey(lock);
 
 find("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -87,7 +62,41 @@ function fitModel() {
   options(find("frames"), lengths.map((one) => [one.num_frames, `${one.num_frames} frames, ${Number(one.seconds).toFixed(1)} s`]));
   find("steps").placeholder = model.defaults.steps;
   find("guidance").placeholder = model.defaults.guidance_scale;
-  find("image-field").hidden = find("image").disabled = model.task !== "image-to-video";
+  find("image-field").hidden = find("image").disabled = model.source !== "image";
+  fitSource();
+}
+
+function fitSource() {
+  const takes = models.find((one) => one.id === find("model").value).source === "video";
+  find("clip-field").hidden = !takes;
+  find("clip").hidden = find("clip").disabled = !takes || taken !== null;
+  find("taken").hidden = taken === null;
+  find("strength-field").hidden = find("strength").disabled = !takes || !(taken || find("clip").files.length);
+}
+
+const takers = () => models.filter((model) => model.source === "video").map((model) => model.id);
+
+function edit(card) {
+  const { model, size, num_frames: frames, prompt } = card.video;
+  taken = card;
+  find("taken").querySelector("p").textContent = prompt;
+  find("taken").querySelector("img").src = card.part(".play img").src;
+  if (!takers().includes(find("model").value)) find("model").value = takers().includes(model) ? model : takers()[0];
+  fitModel();
+  for (const [id, value] of [["size", size], ["frames", frames]]) {
+    if ([...find(id).options].some((option) => option.value === String(value))) find(id).value = value;
+    if (id === "size") fitModel();
+  }
+  find("prompt").value = prompt;
+  find("prompt").focus();
+  find("prompt").select();
+  announce("The next video starts from this one. Say what it is to become.");
+}
+
+function untake() {
+  taken = null;
+  find("clip").value = "";
+  fitSource();
 }
 
 function showImage() {
@@ -117,11 +126,13 @@ async function send(event) {
   const wrong = [...ask.elements].find((field) => !field.checkValidity());
   if (wrong) return fail(wrong, `${wrong.labels[0].textContent}: ${sentence(wrong.validationMessage)}`);
   const body = new FormData(ask);
-  for (const [name, value] of [...body]) if (value === "") body.delete(name);
+  for (const [name, value] of [...body]) if (value === "" || value.size === 0) body.delete(name);
+  const from = taken && !find("clip-field").hidden;
+  if (from) body.set("video[id]", taken.id);
   const button = ask.querySelector(".main");
   button.disabled = true;
   try {
-    await json("/v1/videos", { method: "POST", body });
+    await json(from || body.has("video") ? "/v1/videos/edits" : "/v1/videos", { method: "POST", body });
     announce("The video is in the queue.");
     await look();
   } catch (error) {
@@ -137,6 +148,11 @@ ask.addEventListener("keydown", (event) => {
 });
 for (const id of ["model", "size"]) find(id).addEventListener("change", fitModel);
 find("image").addEventListener("change", showImage);
+find("clip").addEventListener("change", fitSource);
+find("untake").addEventListener("click", () => {
+  untake();
+  find("clip").focus();
+});
 
 // What there is
 
@@ -200,6 +216,7 @@ function readiness(text, kind) {
 
 function drop(id) {
   const card = cards.get(id);
+  if (taken === card) untake();
   cards.delete(id);
   card.stream?.abort();
   for (const address of card.addresses.values()) address.then(URL.revokeObjectURL, () => null);
@@ -218,7 +235,7 @@ function newCard(id) {
   }
   part("progress").setAttribute("aria-label", "Progress");
   part(".play").setAttribute("aria-label", "Play");
-  const acts = { play: () => play(card), cancel: () => cancel(card), download: () => download(card), again: () => again(card) };
+  const acts = { play: () => play(card), cancel: () => cancel(card), download: () => download(card), again: () => again(card), edit: () => edit(card) };
   for (const [name, act] of Object.entries(acts)) part(`.${name}`).addEventListener("click", () => attempt(card, act));
   part(".delete").addEventListener("click", () => attempt(card, () => remove(card)));
   part(".delete").addEventListener("blur", () => (part(".delete").textContent = "Delete"));
@@ -249,6 +266,7 @@ function show(card, video) {
   const active = isActive(video);
   part("progress").hidden = part(".cancel").hidden = !active;
   part(".download").hidden = video.status !== "completed";
+  part(".edit").hidden = video.status !== "completed" || !takers().length;
   part(".again").hidden = part(".delete").hidden = active;
   if (cancelling && !active) part(".again").focus();
   part("progress").value = video.progress;
@@ -336,19 +354,6 @@ async function follow(card) {
   }
   card.stream = null;
   if (ended && cards.has(card.id)) await look();
-}
-
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const blocks = (text + part.value).split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const [, kind, told] = /^event: (.*)\ndata: (.*)$/.exec(block) ?? [];
-      if (kind) yield [kind, JSON.parse(told)];
-    }
-  }
 }
 
 function hear(card, kind, told) {

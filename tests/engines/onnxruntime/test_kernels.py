@@ -37,6 +37,14 @@ def test_every_int8_layer_is_one_integer_kernel(bundle: Path) -> None:
     assert "18 MatMulIntegerToFloat" in cvx("verify", "--bundle", bundle, "--load").out
 
 
+def test_weights_that_stay_in_their_file_are_counted(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cvx_deploy.engines.onnxruntime.graphs.LARGE_NETWORK", 0)
+    monkeypatch.setattr("cvx_deploy.graph.streamed._LARGE", 1)
+    networks = json.loads(build(bundle).out)["networks"]
+    assert networks["text_encoder"]["kernels"] == {"DequantizeLinear": 14}
+    assert networks["transformer"]["kernels"] == {"MatMulIntegerToFloat": 18}, "products of 8 bits need constants"
+
+
 def test_four_bits_are_weighed_and_counted_too(tiny: Tiny, table: Path, tmp_path: Path) -> None:
     assert export(tiny, table, "int4wo/fp32", tmp_path / "5b").code == 0
     outcome = build(tmp_path / "5b")

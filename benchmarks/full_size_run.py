@@ -1,0 +1,140 @@
+"""One video of a full-size bundle, or one of eager PyTorch: `benchmarks/full_size.py` starts this.
+
+    python benchmarks/full_size_run.py ENGINE BUNDLE SHAPE STEPS OUTPUT
+    python benchmarks/full_size_run.py eager CHECKPOINT SHAPE STEPS OUTPUT
+
+Seconds by stage, and the memory of this process, go to stdout as JSON.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cvx_deploy.measure.memory import MemoryWatch, during
+from cvx_deploy.shape import Shape
+
+PROMPT = "a panda plays guitar in a bamboo grove"
+
+
+class Clock:
+    """Seconds by stage, and when each began and ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the block's seconds."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, start, time.monotonic())
+
+    def add(self, name: str, start: float, end: float) -> None:
+        """Add a span."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+        self.spans.append((name, start, end))
+
+
+def ours(clock: Clock, engine: str, bundle: Path, shape: str, steps: int, output: Path) -> None:
+    """Make a video with the runtime, as `cvx-deploy run --guidance-scale 1` does."""
+    from cvx_deploy.bundle.opened import Bundle
+    from cvx_deploy.engines.observe import ObservedBackend, Observer
+    from cvx_deploy.engines.registry import open_backend
+    from cvx_deploy.engines.spec import EngineOptions
+    from cvx_deploy.pipeline.request import RunRequest
+    from cvx_deploy.pipeline.run import run
+
+    class Timed(Observer):
+        def loaded(self, role: str, start: float, end: float) -> None:
+            clock.add(f"load {role}", start, end)
+
+        def before(self, role: str, inputs: Mapping[str, Any]) -> None:
+            self.begun = time.monotonic()
+
+        def after(self, role: str, outputs: Mapping[str, Any]) -> None:
+            clock.add(f"run {role}", self.begun, time.monotonic())
+
+    with clock.measure("open and check the bundle"):
+        opened = Bundle.open(bundle).at(Shape.parse(shape))
+    request = RunRequest((PROMPT,), str(output), steps=steps, guidance_scale=1, seed=7)
+    with open_backend(engine, opened, EngineOptions(residency="phase")) as backend:
+        report = run(ObservedBackend(backend, Timed()), request)
+    clock.seconds["write video"] = report.stages["write video"]
+
+
+def eager(clock: Clock, checkpoint: Path, shape: str, steps: int, output: Path) -> None:
+    """Make it with diffusers: weights stay in bf16, and each block's are converted as it runs."""
+    import numpy as np
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+    from full_size_eager import text_encoder, transformer
+    from transformers import AutoTokenizer
+
+    torch.set_grad_enabled(False)
+    size = Shape.parse(shape)
+    with clock.measure("load text_encoder"):
+        text = text_encoder(checkpoint)
+    with clock.measure("run text_encoder"):
+        ids = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")(
+            PROMPT, padding="max_length", max_length=226, truncation=True, return_tensors="pt"
+        ).input_ids
+        embeds = text(ids)[0].float()
+    del text
+    with clock.measure("load transformer"):
+        denoiser = transformer(checkpoint)
+        vae = AutoencoderKLCogVideoX.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
+        pipe = CogVideoXPipeline.from_pretrained(
+            checkpoint, transformer=denoiser, vae=vae, text_encoder=None, tokenizer=None
+        )
+    started = time.monotonic()
+    latents = pipe(
+        prompt_embeds=embeds,
+        num_frames=size.frames,
+        height=size.height,
+        width=size.width,
+        num_inference_steps=steps,
+        guidance_scale=1,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).frames
+    clock.add("run transformer", started, time.monotonic())
+    pipe.transformer = None
+    del denoiser
+    with clock.measure("run vae_decoder_first"):
+        frames = pipe.decode_latents(latents)
+    np.save(output.with_suffix(".npy"), frames.float().numpy())
+
+
+def main() -> None:
+    """Make one video, and print what it took."""
+    begun = time.monotonic()
+    engine, source, shape, steps, output = sys.argv[1:6]
+    clock = Clock()
+    with MemoryWatch(interval=0.2) as watch:
+        if engine == "eager":
+            eager(clock, Path(source), shape, int(steps), Path(output))
+        else:
+            ours(clock, engine, Path(source), shape, int(steps), Path(output))
+    whole = time.monotonic() - begun
+    peaks: dict[str, int] = {}
+    for name, start, end in clock.spans:
+        peaks[name] = max(peaks.get(name, 0), *(sample.private for sample in during(watch.samples, start, end)))
+    found = {
+        "seconds": clock.seconds,
+        "whole": whole,
+        "private_bytes": peaks,
+        "peak_private_bytes": watch.private_bytes,
+        "peak_resident_bytes": watch.peak_bytes,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

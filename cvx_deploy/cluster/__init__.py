@@ -1,0 +1,1 @@
+"""Many machines through Ray: joining its cluster, and bundles at hand on each of its nodes."""
