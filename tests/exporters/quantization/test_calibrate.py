@@ -13,6 +13,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from cvx_deploy.errors import CalibrationError, PromptError, ShapeError
 from cvx_deploy.exporters.quantization import calibrate as module
 from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
+from cvx_deploy.exporters.quantization.observe import Observations
 from cvx_deploy.exporters.quantization.sensitivity import draw, sensitivity
 from cvx_deploy.exporters.reference.streamed import streamed_network
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ def test_second_moments_are_those_of_what_comes_in(tiny: Tiny, tmp_path: Path) -
     request = replace(request_of(tiny("5b"), compute="fp32", second_moments=True), prompts=PROMPTS[:1], steps=1)
     table = calibrate(request, tmp_path / "table", SilentProgress())
     layer, given = "transformer_blocks.1.ff.net.2", []
-    observations = module.Observations()
+    observations = Observations()
     with torch.inference_mode():
         (embeds,) = module.encode(request, observations, 0, SilentProgress())
         with module.sampler(request, observations) as sampling:
