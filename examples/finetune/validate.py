@@ -53,6 +53,7 @@ def bundle_of(checkpoint: Path, trained: Path, method: str, output: Path, shapes
 def validate(validation: Validation, trained: Path, method: str, output: Path) -> None:
     """Write a video a prompt and a contact sheet of all into `output`; the bundle beside serves every look."""
     place = output.parent / "bundle"
+    output.mkdir(parents=True, exist_ok=True)
     bundle_of(validation.checkpoint, trained, method, place, validation.shapes)
     with Pipeline.from_bundle(place) as pipe:
         defaults = pipe.bundle.manifest.defaults

@@ -1,11 +1,13 @@
 """The four commands of docs/fine-tunes.md, from clips to a checked video, on the miniature."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from state import Training
+from train import train
 
 from cvx_deploy.miniatures import miniature
 from tests.command import cvx
 from tests.conftest import ROOT
 
 FINETUNE = ROOT / "examples" / "finetune"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -44,30 +50,36 @@ def write_clips(data: Path) -> None:
     (data / "captions.jsonl").write_text("\n".join(lines))
 
 
-def killed_after_a_save(*words: object) -> None:
-    """Begin or resume a run, and kill it as soon as it has saved once more."""
-    state = Path(str(words[words.index("--output") + 1])) / "state.pt"
+def killed_after_a_save(mini: Path, cache: Path, output: Path, how: Training) -> None:
+    """Begin or resume a run in a process of its own, and kill it as soon as it has saved once more."""
+    state = output / "state.pt"
     before = state.stat().st_mtime_ns if state.exists() else 0
-    process = script("train.py", *words)
-    while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = FORKS.Process(target=train, args=(mini, cache, output, how))
+    process.start()
+    while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == before):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.nightly
-def test_clips_become_a_checked_video_and_a_run_killed_five_times_the_same_adapter(tmp_path: Path) -> None:
+def test_clips_become_a_checked_video_and_a_run_killed_five_times_the_same_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The twin is a bundle whose adapter was trained a step less: its weights are others."""
     data, cache, mini = tmp_path / "data", tmp_path / "cache", miniature("mini")
     write_clips(data)
     done(script("prepare.py", "--data", data, "--model", "mini", "--output", cache))
-    settings = ("--checkpoint", mini, "--cache", cache, "--rank", 4, "--save-every", 5, "--learning-rate", 1e-3)
+    how = Training(steps=40, rank=4, save_every=5, learning_rate=1e-3)
+    settings = ("--steps", 40, "--rank", 4, "--save-every", 5, "--learning-rate", 1e-3)
     look = ("--validate-every", 40, "--prompt", "a red circle grows")
-    done(script("train.py", *settings, "--steps", 40, "--output", tmp_path / "whole", *look))
+    done(script("train.py", "--checkpoint", mini, "--cache", cache, "--output", tmp_path / "whole", *settings, *look))
+    monkeypatch.setenv("PYTHONPATH", str(FINETUNE))  # for the process that the killed ones are forked from
     for _ in range(5):
-        killed_after_a_save(*settings, "--steps", 40, "--output", tmp_path / "killed")
-    done(script("train.py", *settings, "--steps", 40, "--output", tmp_path / "killed"))
-    done(script("train.py", *settings, "--steps", 39, "--output", tmp_path / "less"))
+        killed_after_a_save(mini, cache, tmp_path / "killed", how)
+    train(mini, cache, tmp_path / "killed", how)
+    train(mini, cache, tmp_path / "less", replace(how, steps=39))
     name = "adapter/pytorch_lora_weights.safetensors"
     whole, killed, less = (load_file(tmp_path / run / name) for run in ("whole", "killed", "less"))
     assert all(torch.equal(whole[key], killed[key]) for key in whole)

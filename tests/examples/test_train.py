@@ -14,6 +14,7 @@ from objective import Batch, CacheError, Objective, Prepared, rotary
 from safetensors.torch import load_file
 from state import Run, Training
 from train import train
+from validate import Validation
 
 from cvx_deploy.errors import CheckpointError, CvxError
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
@@ -111,6 +112,14 @@ def test_settings_cache_and_state_that_do_not_fit_are_refused(tiny: Tiny, tiny_c
         Training(method="full", guidance=6.0)
     with pytest.raises(CvxError, match="1 at the least"):
         Training(rank=0)
+
+
+@pytest.mark.export
+def test_validation_makes_a_video_a_prompt_and_a_sheet_of_all(tmp_path: Path, tiny: Tiny, tiny_cache: Cache) -> None:
+    look = Validation(tiny("2b"), 1, ("a red ball", "a blue box"), steps=1)
+    train(tiny("2b"), tiny_cache("2b"), tmp_path, replace(SHORT, steps=1), look)
+    made = {path.name for path in (tmp_path / "validation" / "step-000001").iterdir()}
+    assert made == {"video-0.mp4", "video-1.mp4", "contact.png"}
 
 
 @pytest.fixture
