@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from report import conditions, write
 
 from cvx_deploy import Pipeline
 
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loop, FreeNoise": {"num_frames": 24, "loop": True, "freenoise": True},
     "48x96": {"width": 96},
 }
-SHOWN = ("overlap 8", "overlap 8, FreeNoise", "loop, FreeNoise")
+SHOWN = (("overlap 4, FreeNoise", 0), ("overlap 4, FreeNoise", 2), ("loop, FreeNoise", 1))
 Video = NDArray[np.float32]  # (frames, height, width, 3) in [0, 1]
 
 
@@ -119,12 +120,12 @@ def peak(*words: object) -> float:
 
 
 def sheet(path: Path) -> None:
-    """Draw one caption's video by each of the ways that are shown, every third frame."""
-    _, captions = held_out_examples(1)
+    """Draw frames of what is shown, a row for each."""
+    _, captions = held_out_examples(1 + max(number for _, number in SHOWN))
+    rows = []
     with Pipeline.from_pretrained("mini", threads=1) as pipe:
-        rows = []
-        for case in SHOWN:
-            frames = pipe(captions[0], seed=0, num_inference_steps=STEPS, **CASES[case]).frames[0]
+        for case, number in SHOWN:
+            frames = pipe(captions[number], seed=number, num_inference_steps=STEPS, **CASES[case]).frames[0]
             places = np.linspace(0, len(frames) - 1, 16).round().astype(int)
             rows.append(np.concatenate(list(frames[places]), axis=1))
     Image.fromarray(np.rint(np.concatenate(rows) * 255).astype(np.uint8)).save(path, quality=70)

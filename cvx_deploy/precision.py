@@ -18,7 +18,7 @@ class Scheme:
         weights: The ONNX type of the weights.
         activations: That of what they are multiplied by; None leaves it as it is.
         largest: The largest magnitude in that type: scales are a channel's, or a tensor's, largest over it. Of integers
-            it is symmetric (-127 to 127), so that no zero point is needed.
+            it is symmetric (-127 to 127), so that no zero point is needed; of 4 bits -8 is used, too.
         group: How many weights along the input share a scale; None for all of an output channel.
         smooth: Whether outliers are moved from activations into weights first (SmoothQuant, arXiv:2211.10438).
     """

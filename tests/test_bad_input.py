@@ -163,7 +163,9 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(checkpoint: Path, dam
 
 @pytest.mark.export
 def test_a_missing_tensor_is_one_clear_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cvx_deploy.exporters.export.contracts_for", lambda *words: contracts_for(*words)[:1])
+    monkeypatch.setattr(
+        "cvx_deploy.exporters.export.contracts_for", lambda *words, **more: contracts_for(*words, **more)[:1]
+    )
     drop_tensor(checkpoint)
     before = content(checkpoint.parent)
     words = ["--model", "5b", "--checkpoint", checkpoint, "--output", checkpoint.parent / "bundle"]
@@ -612,8 +614,8 @@ BAD_LATENTS: dict[str, tuple[Damage, str]] = {
     "a number": (lambda path: np.save(path, np.float32(1)), "holds no latents: it is of shape ()"),
     "truncated": (in_turn(lambda path: np.save(path, np.zeros((1, *LATENTS), np.float32)), cut), "holds no latents: "),
     "another shape": (
-        lambda path: np.save(path, np.zeros((1, 3, 16, 10, 15), np.float32)),
-        "latents of 9x80x120, and ",
+        lambda path: np.save(path, np.zeros((1, 3, 16, 8, 14), np.float32)),
+        "latents of 9x64x112, and ",
     ),
     "other channels": (lambda path: np.save(path, np.zeros((1, 3, 8, 10, 14), np.float32)), "not float32 (videos, 3, "),
     "another type": (lambda path: np.save(path, np.zeros((1, *LATENTS))), "holds float64 of shape (1, 3, 16, 10, 14)"),

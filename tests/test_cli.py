@@ -345,7 +345,10 @@ def test_synth_prints_the_folder_it_made(tmp_path: Path) -> None:
     assert (outcome.code, outcome.out, outcome.err) == (0, f"{tmp_path}/one\n", "")
     values = only_object(cvx("synth", "--like", "2b", "--output", tmp_path / "two", "--json", "--quiet"))
     size = sum(file.stat().st_size for file in (tmp_path / "two").rglob("*") if file.is_file())
-    assert values == {"checkpoint": f"{tmp_path}/two", "like": "2b", "scale": "tiny", "seed": 0, "bytes": size}
+    told = {"checkpoint": f"{tmp_path}/two", "like": "2b", "scale": "tiny", "seed": 0, "outliers": False}
+    assert values == told | {"bytes": size}
+    planted = only_object(cvx("synth", "--like", "2b", "--output", tmp_path / "three", "--outliers", "--json"))
+    assert planted == told | {"checkpoint": f"{tmp_path}/three", "outliers": True, "bytes": size}
 
 
 def test_export_prints_the_bundle_it_made(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

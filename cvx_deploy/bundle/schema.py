@@ -116,8 +116,8 @@ class Quantization:
         layers: How many were.
         excluded: Places, such as ``transformer_blocks.0.attn1``, whose layers were left as they are.
         attention: Whether attention multiplies in 8 bits too.
-        calibration: The absolute path of the table with the activations' ranges, and its SHA-256; None where the scheme
-            needs none.
+        calibration: The absolute path of the table that scales or rounding were made with, and its SHA-256; None for
+            none.
     """
 
     scheme: SchemeName

@@ -41,20 +41,23 @@ if TYPE_CHECKING:
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder that is new.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights.")
+@click.option("--outliers", is_flag=True, help="Plant outliers as trained models have them, for quantization to meet.")
 @reporting
-def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) -> Result:
+def synth(like: str, scale: str, output: Path, seed: int, outliers: bool, progress: Progress) -> Result:
     """Write a checkpoint with random weights, in the layout of the published ones.
 
     \b
-    Example:
+    Examples:
       cvx-deploy synth --like 5b --scale full --output checkpoints/5b-random
+      cvx-deploy synth --like 5b --scale wide --outliers --output checkpoints/5b-wide
     """
     need_export_extra()
     from cvx_deploy.exporters.sources.synth import synthesize
 
-    synthesize(like, scale, output, seed=seed, progress=progress)  # type: ignore[arg-type]
+    synthesize(like, scale, output, seed=seed, outliers=outliers, progress=progress)  # type: ignore[arg-type]
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    return {"checkpoint": str(output), "like": like, "scale": scale, "seed": seed, "bytes": size}, str(output)
+    told = {"checkpoint": str(output), "like": like, "scale": scale, "seed": seed, "outliers": outliers, "bytes": size}
+    return told, str(output)
 
 
 @cli.command()
@@ -91,7 +94,7 @@ def synth(like: str, scale: str, output: Path, seed: int, progress: Progress) ->
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="For int8 and fp8: the table that cvx-deploy quantize wrote.",
+    help="For int8 and fp8, and int4wo at its best: the table that cvx-deploy quantize wrote.",
 )
 @click.option("--calibration-any-shape", is_flag=True, help="Take a table that was made at another video size.")
 @click.option(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cvx_deploy.pipeline.pipeline import Pipeline
 
 Way = Literal["chain", "windows"]
-Opener = Callable[["Bundle", bool], "Pipeline"]
-"""Opens a bundle; whether its networks stay loaded."""
+Opener = Callable[["Bundle"], "Pipeline"]
+"""Opens a bundle, of which the networks of one phase are held: a chain then takes the memory of one clip."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _chain(
             f"{bundle.path} cannot go on from a clip, and there is no image-to-video bundle {name} beside it",
             fix="export one of the same size, and name it with --image-model; or use --long windows",
         )
-    one = stack.enter_context(open_pipeline(first, place == bundle.path and not alone))
+    one = stack.enter_context(open_pipeline(first))
     if alone or place is None:
         return Chain(one, None)
     if place == bundle.path:
@@ -247,7 +247,7 @@ def _chain(
     size = _shapes(then, first.shape.height, first.shape.width)
     if size:
         then = then.at(_clip_shape(size, None))
-    return Chain(one, stack.enter_context(open_pipeline(then, True)))
+    return Chain(one, stack.enter_context(open_pipeline(then)))
 
 
 def _shapes(bundle: "Bundle", height: int | None, width: int | None) -> list[Shape]:

@@ -54,6 +54,11 @@ class _Ranking:
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
 @click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: the checkpoint's own type.")
 @click.option(
+    "--second-moments",
+    is_flag=True,
+    help="Observe what better rounding to int4wo takes, too; a 5b's table has 0.95 GB then, instead of 20 MB.",
+)
+@click.option(
     "--sensitivity", is_flag=True, help="Rank what suffers most from quantization, instead of writing a table."
 )
 @click.option("--precision", default="int8", show_default=True, help="With --sensitivity: the scheme to judge.")
@@ -83,7 +88,7 @@ def quantize(
     progress: Progress,
     **options: Any,
 ) -> Result:
-    """Observe a model's activations, for export --precision int8 or fp8.
+    """Observe a model's activations, for export --precision int8 or fp8, and int4wo at its best.
 
     diffusers' own sampler runs over the prompts, streamed from the checkpoint block by block, so that the 5B takes a
     few GB. Stopped, it goes on after the last whole prompt. With --sensitivity it ranks the transformer's blocks or
@@ -93,6 +98,7 @@ def quantize(
     Examples:
       cvx-deploy quantize --model 5b
       cvx-deploy quantize --model 5b --shape 9x240x360 --num-prompts 8
+      cvx-deploy quantize --model 5b --second-moments
       cvx-deploy quantize --model 5b --sensitivity --calibration 5b.safetensors --min-psnr 30
       cvx-deploy quantize --show engines/5b.calibration.safetensors
     """

@@ -14,6 +14,7 @@ from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
 from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
 from cvx_deploy.engines.auto import AUTO, CHOICES
 from cvx_deploy.engines.registry import engine_spec
+from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress
@@ -200,16 +201,16 @@ def run(
     from cvx_deploy.pipeline.windows import bundle_and_windows
 
     # One prompt needs each network once: then those of one phase alone are held.
-    several = len(options["prompts"]) > 1
-    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, "resident" if several else "phase", ram)
+    residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
+    how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency, ram)
     _check_engine(engine, how, devices)
     check_combination(_given())
 
-    def opened(bundle: "Bundle", resident: bool) -> "Pipeline":
+    def opened(bundle: "Bundle", residency: Policy = "phase") -> "Pipeline":
         return Pipeline(
             bundle,
             engine,
-            replace(how, residency="resident" if resident else "phase"),
+            replace(how, residency=residency),
             devices=devices or (),
             check_finite=check_finite,
             prompt_cache=prompt_cache,
@@ -240,7 +241,7 @@ def run(
         at_once=windows_at_once,
     )
     request = replace(request, windows=windows)
-    with opened(bundle, several) as pipeline:
+    with opened(bundle, how.residency) as pipeline:
         engine, report = pipeline.engine, pipeline.run(request)
     for row in _time_table(report.stages):
         progress.note(row)

@@ -49,6 +49,7 @@ class CalibrationRequest:
         seed: Of the first prompt's noise; the next one's is one more.
         image: The first frame of every video, for image-to-video models; None for smooth colours made from the seed.
         compute: The type to compute in; None for the checkpoint's own, and fp32 in place of fp16 on a CPU.
+        second_moments: Whether to observe what int4wo's rounding takes: the transformer's inputs' second moments.
     """
 
     checkpoint: Checkpoint
@@ -59,6 +60,7 @@ class CalibrationRequest:
     seed: int = 0
     image: Path | None = None
     compute: Precision | None = None
+    second_moments: bool = False
 
     def __post_init__(self) -> None:
         self.checkpoint.limits.check(self.shape)
@@ -95,6 +97,7 @@ class CalibrationRequest:
             self.seed,
             self.precision,
             {tool: importlib.metadata.version(tool) for tool in _TOOLS},
+            self.second_moments,
         )
 
 
@@ -135,7 +138,7 @@ def calibrate(request: CalibrationRequest, output: Path, progress: Progress) -> 
 
 
 def _table(conditions: Conditions, observations: Observations) -> CalibrationTable:
-    return CalibrationTable(conditions, dict(observations.amax))
+    return CalibrationTable(conditions, dict(observations.amax), dict(observations.moments))
 
 
 def _resume(partial: Path, conditions: Conditions, observations: Observations, progress: Progress) -> int:
@@ -152,6 +155,7 @@ def _resume(partial: Path, conditions: Conditions, observations: Observations, p
         progress.note(f"{partial} is of a calibration under other conditions; starting anew")
         return 0
     observations.merge(table.amax)
+    observations.merge_moments(table.moments)
     progress.note(f"going on after {done} prompts that were observed before")
     return done
 
@@ -242,9 +246,10 @@ class Sampler:
 @contextlib.contextmanager
 def sampler(request: CalibrationRequest, observations: Observations) -> Iterator[Sampler]:
     """Yield diffusers' pipeline, its transformer observed."""
-    sampling = Sampler(request, observations)
-    layers = request.checkpoint.family.layers.quantizable("transformer", request.checkpoint.tensors("transformer"))
-    with observed(sampling.transformer, layers, "", observations):
+    sampling, checkpoint = Sampler(request, observations), request.checkpoint
+    layers = checkpoint.family.layers.quantizable("transformer", checkpoint.tensors("transformer"))
+    text = checkpoint.configs["transformer"]["max_text_seq_length"] if request.second_moments else None
+    with observed(sampling.transformer, layers, "", observations, text):
         yield sampling
 
 

@@ -1,6 +1,7 @@
 """What the activations of a network look like while it runs: the ranges of every linear layer's and attention's inputs.
 
-A range is the largest magnitude of each channel, as a symmetric MinMax observer's.
+A range is the largest magnitude of each channel, as a symmetric MinMax observer's. Second moments say what channels do
+together.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from cvx_deploy.errors import CalibrationError
 from cvx_deploy.quantize.layers import leader
+from cvx_deploy.quantize.table import stretch_size
 
 ATTENTION = ("query", "key", "value")
+_TEXT_SHARE = 0.1  # what the tokens of the prompt weigh beside those of the video; docs/quantization.md has why
 
 
 class Observations:
@@ -24,11 +27,13 @@ class Observations:
     Attributes:
         seen: Whether what runs now is observed.
         amax: Of every place the largest magnitude of each channel.
+        moments: Of places that `take_moments` was called for, the sum of their second moments over all calls.
     """
 
     def __init__(self) -> None:
         self.seen = False
         self.amax: dict[str, NDArray[np.float32]] = {}
+        self.moments: dict[str, NDArray[np.float32]] = {}
 
     def take(self, place: str, tensor: torch.Tensor) -> None:
         """Observe a tensor ``(..., channels)``.
@@ -45,14 +50,40 @@ class Observations:
             )
         self.merge({place: amax})
 
+    def take_moments(self, place: str, tensor: torch.Tensor, text: int) -> None:
+        """Observe which channels of a tensor are large together.
+
+        Args:
+            place: Where.
+            tensor: ``(batch, tokens, channels)``, the prompt's tokens first.
+            text: How many those are.
+        """
+        seen = tensor.detach()
+        moments = _TEXT_SHARE * _second_moments(seen[:, :text]) + _second_moments(seen[:, text:])
+        self.merge_moments({place: moments.cpu().numpy()})
+
+    def merge_moments(self, moments: Mapping[str, NDArray[np.float32]]) -> None:
+        """Add second moments that were observed before."""
+        for place, values in moments.items():
+            self.moments[place] = self.moments[place] + values if place in self.moments else values
+
     def merge(self, amax: Mapping[str, NDArray[np.float32]]) -> None:
         """Add what was observed before."""
         for place, channels in amax.items():
             self.amax[place] = np.maximum(self.amax[place], channels) if place in self.amax else channels
 
 
+def _second_moments(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the mean over tokens of the products of channels, by stretches of them: ``(stretches, size, size)``."""
+    size = stretch_size(tensor.shape[-1])
+    channels = tensor.reshape(-1, tensor.shape[-1] // size, size).transpose(0, 1).float()
+    return channels.transpose(1, 2) @ channels / channels.shape[1]
+
+
 @contextlib.contextmanager
-def observed(network: torch.nn.Module, layers: list[str], prefix: str, observations: Observations) -> Iterator[None]:
+def observed(
+    network: torch.nn.Module, layers: list[str], prefix: str, observations: Observations, text: int | None = None
+) -> Iterator[None]:
     """Observe the inputs of linear layers, and of attention, while the block lasts and `observations.seen` is set.
 
     Args:
@@ -60,6 +91,7 @@ def observed(network: torch.nn.Module, layers: list[str], prefix: str, observati
         layers: Their names; those that take the same input have its ranges each.
         prefix: What stands before their names in the table.
         observations: Where the ranges go.
+        text: To observe second moments, too: how many tokens of what comes in are the prompt's.
     """
     with contextlib.ExitStack() as stack:
         sharing: dict[str, list[str]] = {}
@@ -68,7 +100,7 @@ def observed(network: torch.nn.Module, layers: list[str], prefix: str, observati
         for first, alike in sharing.items():
             module = network.get_submodule(first)
             alike.sort(key=lambda layer: layer != first)
-            stack.callback(module.register_forward_pre_hook(_watch(prefix, alike, observations)).remove)
+            stack.callback(module.register_forward_pre_hook(_watch(prefix, alike, observations, text)).remove)
         attention = _Attention(observations)
         for block in sorted({layer.partition(".attn1.")[0] for layer in layers if ".attn1." in layer}):
             module = network.get_submodule(f"{block}.attn1")
@@ -77,13 +109,15 @@ def observed(network: torch.nn.Module, layers: list[str], prefix: str, observati
         yield
 
 
-def _watch(prefix: str, layers: list[str], observations: Observations) -> Any:
+def _watch(prefix: str, layers: list[str], observations: Observations, text: int | None) -> Any:
     def watch(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         if observations.seen:
             first, *others = (f"{prefix}{layer}" for layer in layers)
             observations.take(first, given[0])
             for other in others:
                 observations.merge({other: observations.amax[first]})
+            if text is not None:
+                observations.take_moments(first, given[0], text)
 
     return watch
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvx_deploy.bundle.schema import Quantization
-from cvx_deploy.errors import RecipeError
+from cvx_deploy.errors import CalibrationError, RecipeError
 from cvx_deploy.exporters.quantization.calibrate import checkpoint_digest
 from cvx_deploy.exporters.quantization.quantized_weights import LayerWeights, quantize_component
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint, DerivedTensors
@@ -25,7 +25,8 @@ class Quantizing:
     """How to quantize, beside the recipe.
 
     Attributes:
-        calibration: The table with the activations' ranges, for schemes that quantize activations.
+        calibration: The table with the activations' ranges, for schemes that quantize activations, and their second
+            moments, for better rounding to 4 bits.
         any_shape: Whether a table that was made at another video size will do.
         exclude: Layers, or modules that hold some, to leave as they are; None for the most sensitive blocks.
         attention: Whether attention is to multiply in E4M3.
@@ -46,8 +47,25 @@ class Quantizing:
             )
         if self.exclude and not schemes:
             raise RecipeError(f"{recipe} quantizes nothing, so nothing can be excluded", fix="leave out --exclude")
-        if self.calibration and not self.attention and all(SCHEMES[scheme].activations is None for scheme in schemes):
+        if self.calibration and not self._reads_ranges(recipe) and not _in_groups(recipe):
             raise RecipeError(f"{recipe} needs no calibration table", fix="leave out --calibration")
+
+    def check_table(self, recipe: Recipe, table: CalibrationTable) -> None:
+        """Raise CalibrationError for a table that is given for its second moments, and has none."""
+        if not self._reads_ranges(recipe) and not table.moments:
+            raise CalibrationError(
+                f"{self.calibration} has no second moments, which are all that {recipe} takes of it",
+                fix="calibrate again with cvx-deploy quantize --second-moments, or leave out --calibration",
+            )
+
+    def _reads_ranges(self, recipe: Recipe) -> bool:
+        schemes = (recipe.text_encoder.scheme, recipe.transformer.scheme)
+        return self.attention or any(scheme and SCHEMES[scheme].activations for scheme in schemes)
+
+
+def _in_groups(recipe: Recipe) -> bool:
+    """Whether the transformer's weights are kept in 4 bits."""
+    return recipe.transformer.scheme is not None and SCHEMES[recipe.transformer.scheme].group is not None
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ def quantize_components(
     components = [name for name in ("text_encoder", "transformer") if recipe.of(name).scheme is not None]
     table = None if quantizing.calibration is None else CalibrationTable.read(quantizing.calibration)
     if table is not None:
+        quantizing.check_table(recipe, table)
         for shape in shapes:
             table.require(checkpoint.traits, checkpoint_digest(checkpoint), shape, quantizing.any_shape)
     its = checkpoint.family.layers
@@ -98,6 +117,8 @@ def quantize_components(
             table,
             attention,
         )
+        if table is not None and name == "transformer" and _in_groups(recipe) and not weights.by_moments:
+            progress.note(f"{quantizing.calibration} has no second moments: {recipe.transformer} rounds to nearest")
         placement = weights.placement()
         entry = _entry(weights, excluded[name], quantizing)
         made[name] = QuantizedComponent(quantize_component(weights, folder, progress), placement, entry)
@@ -132,6 +153,6 @@ def _excluded(places: tuple[str, ...], layers: dict[str, list[str]]) -> dict[str
 def _entry(weights: LayerWeights, excluded: tuple[str, ...], quantizing: Quantizing) -> Quantization:
     scheme, table = weights.precision.scheme, quantizing.calibration
     assert scheme is not None
-    calibrated = table is not None and (weights.scheme.activations is not None or weights.attention)
+    calibrated = weights.scheme.activations is not None or weights.attention or weights.by_moments
     calibration = (str(table.absolute()), sha256_of(table)) if calibrated and table is not None else None
     return Quantization(scheme, len(weights.layers), excluded, weights.attention, calibration)

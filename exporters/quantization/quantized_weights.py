@@ -3,8 +3,9 @@
 Tensors are read, quantized and written one at a time, in the order of their names, so that the full-size networks need
 little memory. What is not quantized is copied as it is: a quantized network needs nothing of its checkpoint.
 
-Scales and rounding are torchao's. Scales are rounded to the type the network computes in before weights are divided by
-them, so that the graph dequantizes with exactly the numbers the weights were rounded for.
+Scales and rounding to 8 bits are torchao's; to 4 bits, where more is to be lost, see `rounding`. Scales are rounded to
+the type the network computes in before weights are divided by them, so that the graph dequantizes with exactly the
+numbers the weights were rounded for.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torchao.quantization import MappingType, choose_qparams_affine, quantize_af
 from cvx_deploy.bundle.safetensors import StoredTensor
 from cvx_deploy.bundle.schema import WeightFile
 from cvx_deploy.errors import CalibrationError, CheckpointError
+from cvx_deploy.exporters.quantization.rounding import least_error_step, rounded_by_moments, to_nearest
 from cvx_deploy.exporters.sources.checkpoint import DerivedTensors
 from cvx_deploy.exporters.sources.weights import (
     TORCH_TYPES,
@@ -34,8 +36,9 @@ from cvx_deploy.quantize.placement import SMOOTHER, WEIGHT_SCALE, Placement, gro
 from cvx_deploy.quantize.recipe import NetworkPrecision
 from cvx_deploy.quantize.table import CalibrationTable
 
-_TYPES = {"INT8": torch.int8, "INT4": torch.int8, "FLOAT8E4M3FN": torch.float8_e4m3fn}
-_ALPHA = 0.5  # of SmoothQuant: how much of an outlier moves into the weights, the paper's choice
+_TYPES = {"INT8": torch.int8, "FLOAT8E4M3FN": torch.float8_e4m3fn}
+ALPHA = 0.7
+"""SmoothQuant's strength: how much of an outlier moves into the weights; docs/quantization.md has why."""
 _ATTENTION = ("query", "key", "value")
 
 
@@ -49,7 +52,10 @@ class LayerWeights:
         place: Where a file that they name lies.
         precision: A scheme, and what else is computed in.
         layers: Which layers are quantized.
-        table: The activations' ranges; None where the scheme quantizes weights only.
+        table: The activations' ranges, and for 4 bits their second moments; None where the scheme quantizes weights
+            only, and rounds them to nearest.
+        attention: Whether attention is to multiply in E4M3.
+        alpha: SmoothQuant's strength, 0 to 1.
     """
 
     component: str
@@ -59,6 +65,7 @@ class LayerWeights:
     layers: list[str]
     table: CalibrationTable | None = None
     attention: bool = False
+    alpha: float = ALPHA
     _smoothers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,7 +130,7 @@ class LayerWeights:
             activations = self._amax(layer)
             sharing = [other for other in self.layers if leader(other) == first]
             weights = torch.stack([self._weight(other).abs().amax(0) for other in sharing]).amax(0)
-            factor = activations.clamp(min=1e-5) ** _ALPHA / weights.clamp(min=1e-5) ** (1 - _ALPHA)
+            factor = activations.clamp(min=1e-5) ** self.alpha / weights.clamp(min=1e-5) ** (1 - self.alpha)
             self._smoothers[first] = self._rounded(1 / factor.clamp(min=1e-5))
         return self._smoothers[first]
 
@@ -146,8 +153,10 @@ class LayerWeights:
         weight = self._weight(layer)
         if self.scheme.smooth:
             weight = weight / self.smoother(layer).float()
+        if self.scheme.group is not None:
+            return self._in_groups(layer, weight, group_size(self.scheme, weight.shape[1]))
         largest, dtype = self.scheme.largest, _TYPES[self.scheme.weights]
-        block = (1, group_size(self.scheme, weight.shape[1]))
+        block = (1, weight.shape[1])
         if dtype == torch.float8_e4m3fn:
             scale = self._rounded(weight.abs().amax(1, keepdim=True) / largest)
             return as_float8(weight, scale.float()).T, scale[:, 0]
@@ -155,7 +164,32 @@ class LayerWeights:
         scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, dtype, *limits)
         scale = self._rounded(scale).reshape(weight.shape[0], -1)
         quantized = quantize_affine(weight, block, scale.float(), zero.reshape(scale.shape), dtype, *limits)
-        return quantized.T, scale.T if self.scheme.group else scale[:, 0]
+        return quantized.T, scale[:, 0]
+
+    @property
+    def by_moments(self) -> bool:
+        """Whether rounding makes up for its errors: to 4 bits, where the table has second moments."""
+        told = self.table is not None and bool(self.table.moments)
+        return told and self.scheme.group is not None and self.component == "transformer"
+
+    def _in_groups(self, layer: str, weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        limits = (-int(self.scheme.largest) - 1, int(self.scheme.largest))
+        scale = self._rounded(least_error_step(weight, group, limits))
+        if self.by_moments:
+            values = rounded_by_moments(weight, scale.float(), self._moments(layer), limits)
+        else:
+            values = to_nearest(weight, scale.float().repeat_interleave(group, 1), limits)
+        return values.to(torch.int8).T, scale.T
+
+    def _moments(self, layer: str) -> torch.Tensor:
+        assert self.table is not None
+        first = leader(layer)
+        if first not in self.table.moments:
+            raise CalibrationError(
+                f"the calibration table has no second moments of {first}",
+                fix="calibrate again with cvx-deploy quantize --second-moments",
+            )
+        return torch.from_numpy(self.table.moments[first].copy())
 
 
 def as_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -214,14 +214,14 @@ class _Judge:
     def sensitivity(self, place: str, layers: list[str]) -> Sensitivity:
         """Judge some layers of one block alone."""
         first = int(layers[0].split(".")[1])
-        with _quantized(self._transformer, layers, self._weights):
+        with computing_quantized(self._transformer, layers, self._weights):
             errors = [self._error(index, first) for index in range(len(self._inputs))]
         relative = tuple(error for error, _ in errors)
         return Sensitivity(place, _mean(relative), _mean([psnr for _, psnr in errors]), relative)
 
     def psnr(self, layers: list[str]) -> float:
         """Return how good the output is with all of these layers quantized, in dB."""
-        with _quantized(self._transformer, layers, self._weights):
+        with computing_quantized(self._transformer, layers, self._weights):
             return _mean([self._error(index, 0)[1] for index in range(len(self._inputs))])
 
     def _error(self, index: int, first: int) -> tuple[float, float]:
@@ -255,8 +255,8 @@ class _Kept(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _quantized(transformer: Any, layers: list[str], weights: LayerWeights) -> Iterator[None]:
-    """Let layers compute as the exported graph would, for the block."""
+def computing_quantized(transformer: Any, layers: list[str], weights: LayerWeights) -> Iterator[None]:
+    """Let layers of a network compute as the exported graph would, for the block."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
             module = transformer.get_submodule(layer)

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from cvx_deploy.errors import WrongModelError
+from cvx_deploy.exporters.sources.outliers import Outliers, outliers_of
 from cvx_deploy.exporters.sources.synth_configs import (
     Config,
     Scale,
@@ -116,7 +117,15 @@ class Plan:
         return self.weight_bytes + len(sums) + sum(map(len, self.small.values()))
 
 
-def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress: Progress | None = None) -> Path:
+def synthesize(
+    like: str,
+    scale: Scale,
+    output: Path,
+    *,
+    seed: int = 0,
+    outliers: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """Write a checkpoint of the model `like` with random weights to `output`, all of it or nothing.
 
     Linear and convolution weights are N(0, 1/fan_in), biases N(0, 0.02^2), norm weights N(1, 0.05^2), so that signals
@@ -128,6 +137,7 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
             width can be tried on a small machine; ``tiny`` for a few megabytes of the same topology.
         output: A folder that does not exist yet, or is empty.
         seed: Together with component and tensor name it decides every value; order and sharding do not matter.
+        outliers: Whether weights and activations have outliers as trained models have them; see `outliers`.
         progress: Shows the weight bytes written.
 
     Returns:
@@ -145,7 +155,8 @@ def synthesize(like: str, scale: Scale, output: Path, *, seed: int = 0, progress
             write_hashed(folder / path, [content])
         with ThreadPoolExecutor(THREADS) as pool, progress.task("write weights", plan.weight_bytes) as advance:
             hashes = {
-                file.path: write_hashed(folder / file.path, _chunks(file, seed, pool), advance) for file in plan.weights
+                file.path: write_hashed(folder / file.path, _chunks(file, seed, outliers, pool), advance)
+                for file in plan.weights
             }
         write_hashed(folder / "SHA256SUMS", [sums_of(dict(sorted(hashes.items())))])
     return output
@@ -234,24 +245,40 @@ def _random_tensor(network: torch.nn.Module, name: str, shape: tuple[int, ...]) 
     return RandomTensor(name, shape, 0.0, gain / math.sqrt(math.prod(shape[1:])))
 
 
-def _chunks(file: ShardFile, seed: int, pool: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
+def random_state(network: torch.nn.Module, component: str, seed: int, outliers: bool) -> dict[str, torch.Tensor]:
+    """Return a network's weights as a checkpoint with this seed would have them, in float32."""
+    state = {}
+    for name, like in network.state_dict().items():
+        tensor = _random_tensor(network, name, tuple(like.shape))
+        planted = outliers_of(component, name, tensor.shape, seed) if outliers else None
+        key = f"{seed}/{component}/{name}"
+        blocks = [_draw(tensor, block, key, torch.float32, planted) for block in range(-(-tensor.size // BLOCK))]
+        state[name] = torch.from_numpy(np.concatenate(blocks)).view(torch.float32).reshape(tensor.shape)
+    return state
+
+
+def _chunks(file: ShardFile, seed: int, outliers: bool, pool: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
     """Yield a weight file piece by piece, drawing a few blocks ahead on `pool`."""
     yield file.header
     pending: deque[Future[memoryview]] = deque()
     for tensor in file.tensors:
+        planted = outliers_of(file.component, tensor.name, tensor.shape, seed) if outliers else None
+        key = f"{seed}/{file.component}/{tensor.name}"
         for block in range(-(-tensor.size // BLOCK)):
             if len(pending) == 2 * THREADS:
                 yield pending.popleft().result()
-            pending.append(pool.submit(_draw, tensor, block, f"{seed}/{file.component}/{tensor.name}", file.dtype))
+            pending.append(pool.submit(_draw, tensor, block, key, file.dtype, planted))
     while pending:
         yield pending.popleft().result()
 
 
-def _draw(tensor: RandomTensor, block: int, key: str, dtype: torch.dtype) -> memoryview:
+def _draw(tensor: RandomTensor, block: int, key: str, dtype: torch.dtype, planted: Outliers | None) -> memoryview:
     """Draw one block of a tensor and return its bytes in `dtype`, little-endian."""
     entropy = int.from_bytes(hashlib.sha256(key.encode()).digest())
     generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence([entropy, block])))
     values = generator.standard_normal(min(BLOCK, tensor.size - block * BLOCK), dtype=np.float32)
     values *= np.float32(tensor.std)
     values += np.float32(tensor.mean)
+    if planted is not None:
+        planted.plant(values, block * BLOCK, math.prod(tensor.shape[1:]))
     return torch.from_numpy(values).to(dtype).view(torch.uint8).numpy().data

@@ -15,7 +15,14 @@ from cvx_deploy.pipeline.pipeline import Pipeline
 from tests.command import Outcome, cvx, spawn
 
 PROMPT = "a red circle moves to the right"
-PROGRAM = "from cvx_deploy.cli import main; main()"
+PROGRAM = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where a shell has it ignored
+from cvx_deploy.cli import main
+
+main()
+"""
 
 
 def line(**fields: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def endless() -> bytes:
 def test_a_loop_without_end_in_onnx_runtime_can_be_ended() -> None:
     session = onnxruntime.InferenceSession(endless(), providers=["CPUExecutionProvider"])
     running = OrtSession.__new__(OrtSession)
+    running._streamed = {}
     running._name, running._outputs, running._session, running._memory = "vae", ["y"], session, _Memory(None)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

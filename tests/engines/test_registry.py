@@ -166,9 +166,9 @@ def test_run_shares_its_videos_out_among_the_devices(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "words",
     [
-        ["--vram", "12GB"],
-        ["--devices", "0"],
-        ["--no-cuda-graphs"],
+        ["--engine", "onnxruntime", "--vram", "12GB"],
+        ["--engine", "onnxruntime", "--devices", "0"],
+        ["--engine", "onnxruntime", "--no-cuda-graphs"],
         ["--engine", "onnxruntime-cuda", "--vram", "12GB"],
         ["--engine", "onnxruntime-cuda", "--no-cuda-graphs"],
         ["--engine", "tensorrt", "--threads", "2"],

@@ -1,6 +1,5 @@
 """Which precision is chosen for a machine."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from cvx_deploy.engines.gpus import GPUS, gpu_named
 from cvx_deploy.errors import EngineError
 from cvx_deploy.estimate import target
 from cvx_deploy.estimate.target import precision_for
+from cvx_deploy.exporters.export import ExportRequest
 from cvx_deploy.families.registry import MODELS
 from cvx_deploy.quantize.recipe import Recipe
 from cvx_deploy.shape import Shape
@@ -55,11 +55,17 @@ def test_a_gpu_that_nobody_knows_is_refused_with_those_that_are_close() -> None:
         chosen("rtx4091")
 
 
-def test_export_takes_it_and_tells_it(tmp_path: Path) -> None:
+def test_export_takes_it_and_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ExportRequest] = []
+
+    def refused(request: ExportRequest, *_: object) -> None:
+        asked.append(request)
+        raise EngineError("that is all", fix="none")
+
+    monkeypatch.setattr("cvx_deploy.exporters.export.bundle_from_checkpoint", refused)
     words = ["export", "--model", "mini", "--output", tmp_path / "b", "--for", "h100"]
-    done = cvx(*words, "--json")
-    assert json.loads(done.out)["precision"] == "bf16"
-    assert "for h100: --precision bf16: what H100" in done.err
+    assert "for h100: --precision bf16: what H100" in cvx(*words).err
+    assert [request.precision for request in asked] == ["bf16"]
     wrong = cvx(*words, "--precision", "fp32")
     assert wrong.code == 2
     assert "give --precision or --for" in wrong.err

@@ -39,6 +39,36 @@ def test_a_table_of_the_first_version_is_read_without_its_percentiles(tmp_path: 
     assert describe_difference(found, TABLE)[1] == "the two tables are the same"
 
 
+MOMENTS = np.array([[[2, 1], [1, 2]]], np.float32)
+
+
+def test_second_moments_are_kept_beside_the_ranges(tmp_path: Path) -> None:
+    replace(TABLE, moments={"a": MOMENTS}).write(tmp_path / "table")
+    found = CalibrationTable.read(tmp_path / "table")
+    assert np.array_equal(found.moments["a"], MOMENTS)
+    assert set(found.amax) == set(AMAX)
+    assert "with second moments" in describe(found)
+    assert "with second moments" not in describe(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("place", "values", "words"),
+    [
+        ("a", MOMENTS[0], "float32 of shape"),
+        ("a", MOMENTS.astype(np.float64), "float64"),
+        ("a", -MOMENTS, "negative square"),
+        ("c", MOMENTS, "beside 0 ranges"),
+        ("b", MOMENTS, "beside 1 ranges"),
+        ("a", MOMENTS * np.float32(np.nan), "were not numbers"),
+    ],
+)
+def test_second_moments_that_are_none_are_refused(place: str, values: np.ndarray, words: str, tmp_path: Path) -> None:
+    tensors = {f"{name}.amax": channels for name, channels in AMAX.items()} | {f"{place}.moments": values}
+    save_file(tensors, tmp_path / "table", {"calibration": json.dumps(asdict(CONDITIONS))})
+    with pytest.raises(CalibrationError, match=words):
+        CalibrationTable.read(tmp_path / "table")
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_what_is_no_number_is_neither_written_nor_read(broken: float, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="b were not numbers"):

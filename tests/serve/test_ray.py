@@ -98,6 +98,7 @@ def served(data: Path, *words: str) -> Iterator[tuple[Nodes, Served]]:
     assert "Traceback" not in "".join(server.said)
 
 
+@pytest.mark.nightly
 def test_a_node_that_dies_costs_its_job_nothing(tmp_path: Path) -> None:
     with Pipeline.from_bundle(miniature("mini"), threads=1) as pipe:
         [alone] = pipe(PROMPT, seed=7, num_inference_steps=STEPS).save(tmp_path / "alone.mp4")

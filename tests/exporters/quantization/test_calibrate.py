@@ -13,6 +13,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from cvx_deploy.errors import CalibrationError, PromptError, ShapeError
 from cvx_deploy.exporters.quantization import calibrate as module
 from cvx_deploy.exporters.quantization.calibrate import CalibrationRequest, calibrate
+from cvx_deploy.exporters.quantization.observe import Observations
 from cvx_deploy.exporters.quantization.sensitivity import draw, sensitivity
 from cvx_deploy.exporters.reference.streamed import streamed_network
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
@@ -110,6 +111,51 @@ def test_a_stopped_calibration_goes_on_and_ends_the_same(
     assert table.conditions == whole.conditions
     assert all(np.array_equal(table.amax[place], whole.amax[place]) for place in whole.amax)
     assert [file.name for file in tmp_path.iterdir()] == ["table"]
+
+
+def test_second_moments_are_those_of_what_comes_in(tiny: Tiny, tmp_path: Path) -> None:
+    request = replace(request_of(tiny("5b"), compute="fp32", second_moments=True), prompts=PROMPTS[:1], steps=1)
+    table = calibrate(request, tmp_path / "table", SilentProgress())
+    layer, given = "transformer_blocks.1.ff.net.2", []
+    observations = Observations()
+    with torch.inference_mode():
+        (embeds,) = module.encode(request, observations, 0, SilentProgress())
+        with module.sampler(request, observations) as sampling:
+            place = sampling.transformer.get_submodule(layer)
+            place.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].double().numpy()))
+            sampling.sample(0, embeds, lambda _: None)
+    (tokens,), text = given, request.checkpoint.configs["transformer"]["max_text_seq_length"]
+    words, video = (part.reshape(-1, tokens.shape[-1]) for part in np.split(tokens, [text], 1))
+    expected = 0.1 * words.T @ words / len(words) + video.T @ video / len(video)
+    found = table.moments[layer]
+    assert found.shape == (5, 64, 64)
+    for index, stretch in enumerate(found):
+        part = slice(64 * index, 64 * (index + 1))
+        np.testing.assert_allclose(stretch, expected[part, part], rtol=1e-3, atol=1e-4 * expected.max())
+    assert not np.allclose(found[0], expected[64:128, 64:128], rtol=0.1), "the twin"
+    assert set(table.moments) == {leader(place) for place in table.moments}
+    assert CalibrationTable.read(tmp_path / "table").conditions.second_moments
+
+
+def test_moments_of_a_stopped_calibration_are_added_up(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(request_of(tiny("5b"), compute="fp32", second_moments=True), steps=1)
+    whole = calibrate(request, tmp_path / "whole", SilentProgress())
+    sample = module.Sampler.sample
+
+    def stop(self: module.Sampler, index: int, *words: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        sample(self, index, *words)
+
+    monkeypatch.setattr(module.Sampler, "sample", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(request, tmp_path / "table", SilentProgress())
+    monkeypatch.undo()
+    calibrate(request, tmp_path / "table", SilentProgress())
+    assert (tmp_path / "table").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert len(whole.moments) == 12
 
 
 def test_other_conditions_start_anew(
