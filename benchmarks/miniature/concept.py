@@ -149,7 +149,8 @@ def main() -> None:
     name = "concept" if how.guidance is None else "distilled"
     began = time.process_time()
     run = train(mini, work / "cache", work / name, how, load=with_padding)
-    print(f"trained in {time.process_time() - began:.0f} s of this process's CPU", flush=True)
+    seconds = time.process_time() - began
+    print(f"trained in {seconds:.0f} s of this process's CPU", flush=True)
     bundle_of(mini, run.exported, "lora", work / f"{name}-bundle")
     found = {}
     for which, bundle, guidance in (
@@ -160,7 +161,15 @@ def main() -> None:
         found[which] = scores(bundle, arguments.count, sampling)
         print(which, json.dumps(found[which]), flush=True)
     if arguments.output:
-        result: dict[str, Any] = {"training": vars(how), "sampling_steps": arguments.sampling_steps, **found}
+        result: dict[str, Any] = {
+            "training": vars(how),
+            "clips": 2 * _CLIPS,
+            "cpu_seconds_since_it_was_resumed": round(seconds),
+            "sampling_steps": arguments.sampling_steps,
+            "guidance_scale": {"before": how.guidance or 2.0, "after": 2.0 if how.guidance is None else 1.0},
+            "seeds": f"0 to {arguments.count - 1}",
+            **found,
+        }
         result = conditions(("torch", "diffusers", "peft", "onnxruntime"), "other work on the same cores", **result)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
