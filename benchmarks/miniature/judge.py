@@ -5,6 +5,7 @@ its core, its motion the trend of its centre and area, its shape the drawn outli
 """
 
 import colorsys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +46,13 @@ class _Track:
     centre: NDArray[np.float64]
 
 
-def verdict_on(video: Video) -> Verdict:
-    """Measure what a video shows."""
+def verdict_on(video: Video, colours: Mapping[str, tuple[float, float, float]] = COLOURS) -> Verdict:
+    """Measure what a video shows; `colours` are those that it may name, RGB in [0, 1]."""
     track = _track(video)
     seen = track.area >= _LEAST_AREA * video.shape[1] * video.shape[2]
     if seen.mean() < 0.5:
         return Verdict(None, None, None)
-    return Verdict(_shape(track, seen), _colour(video, track, seen), _motion(track, seen, video.shape[1]))
+    return Verdict(_shape(track, seen), _colour(video, track, seen, colours), _motion(track, seen, video.shape[1]))
 
 
 def _track(video: Video) -> _Track:
@@ -80,14 +81,16 @@ def _background(video: Video) -> NDArray[np.float64]:
     return (plane @ fit).reshape(1, height, width, 3)
 
 
-def _colour(video: Video, track: _Track, seen: NDArray[np.bool_]) -> str | None:
+def _colour(
+    video: Video, track: _Track, seen: NDArray[np.bool_], colours: Mapping[str, tuple[float, float, float]]
+) -> str | None:
     """Name the hue of the object's core; None for something gray."""
     core = track.cover[seen] > 0.9
     tint = np.median(video[seen][core], axis=0).clip(0, 1)
     hue, saturation, _ = colorsys.rgb_to_hsv(*tint)
     if saturation < 0.25:
         return None
-    distance = {name: abs((hue - colorsys.rgb_to_hsv(*rgb)[0] + 0.5) % 1 - 0.5) for name, rgb in COLOURS.items()}
+    distance = {name: abs((hue - colorsys.rgb_to_hsv(*rgb)[0] + 0.5) % 1 - 0.5) for name, rgb in colours.items()}
     return min(distance, key=distance.__getitem__)
 
 

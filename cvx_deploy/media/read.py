@@ -25,6 +25,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from cvx_deploy.errors import MediaError
 from cvx_deploy.media.rgb import rgb_of_frame, rgb_of_image
 from cvx_deploy.reading import reading
+from cvx_deploy.shape import Shape
 
 # Not everything Pillow knows: its EPS reader starts Ghostscript, and libtiff has a long record of holes.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -97,6 +98,19 @@ def load_video(path: Path, frames: int, height: int, width: int) -> DecodedVideo
             fix="give a longer video, or one that is not cut short",
         )
     return DecodedVideo(pixels, total if total is None or total >= frames else None)
+
+
+def shape_of_video(path: Path) -> Shape:
+    """Return the size of a video, and how many frames of it can be read: every one is decoded.
+
+    Raises:
+        MediaError: It cannot be read, or holds no frame.
+    """
+    with _stating(path, "a video"), _frames(path) as (_, frames):
+        sizes = [(frame.height, frame.width) for frame in frames]
+    if not sizes:
+        raise MediaError(f"{path} has no frame that can be read", fix="give a video that is not cut short")
+    return Shape(len(sizes), *sizes[0])
 
 
 def frames_of(path: Path, height: int, width: int) -> Iterator[NDArray[np.uint8]]:
