@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from judge import verdict_on
+from train import transformer_of
 from world import COLOURS, video_of
 
 from cvx_deploy.miniatures import miniature
@@ -25,8 +26,8 @@ def test_training_and_scoring_see_different_scenes_in_the_new_colour() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_short_prompts_give_the_same_v_with_the_weight_of_their_padding_alone(bias: bool) -> None:
-    load = concept.with_padding if bias else concept.transformer_of
-    full, short = concept.transformer_of(miniature("mini"), torch.float32), load(miniature("mini"), torch.float32)
+    load = concept.with_padding if bias else transformer_of
+    full, short = transformer_of(miniature("mini"), torch.float32), load(miniature("mini"), torch.float32)
     random = torch.Generator().manual_seed(0)
     words, padding = torch.randn(1, 9, 64, generator=random), torch.randn(1, 1, 64, generator=random)
     prompts = torch.cat([words, padding.expand(-1, 217, -1)], dim=1)
