@@ -52,17 +52,24 @@ def failing(found: Parity) -> tuple[str, set[str]]:
     return rung.name, {result.network for result in rung.networks if result.broken}
 
 
-def test_every_model_passes(model_name: str, tiny: Tiny, exported: Exported) -> None:
-    whole = model_name in WHOLE
-    straight = exported(model_name, rewrites=()) if whole else exported(model_name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("5b", "5b-i2v", "1.5-5b-i2v"),
+        *(pytest.param(model, marks=pytest.mark.nightly) for model in ("2b", "1.5-5b")),  # test_networks has them daily
+    ],
+)
+def test_every_model_passes(name: str, tiny: Tiny, exported: Exported) -> None:
+    whole = name in WHOLE
+    straight = exported(name, rewrites=()) if whole else exported(name)
     more = {"level": "video", "steps": 2} if whole else {}
-    found = climbed(exported(model_name), tiny(model_name), straight, **more)
+    found = climbed(exported(name), tiny(name), straight, **more)
     assert found.error is None, str(found)
     compared = {rung.name: len(rung.results) for rung in found.rungs if not rung.skipped}
     assert list(compared) == ["eager", "own-type", "onnx", "rewritten", "engine"]
     assert compared["onnx"] == compared["rewritten"] >= 7
     if whole:
-        remade = ["from a video"] * (model_name == "5b")
+        remade = ["from a video"] * (name == "5b")
         engine = next(rung for rung in found.rungs if rung.name == "engine")
         for made in (engine.trajectories, engine.videos):
             assert [one.shape.partition(", ")[2] for one in made] == ["", *remade]
