@@ -187,6 +187,7 @@ def test_what_an_engine_does_otherwise_is_named_by_node(
     assert f"{WRONG}/" in divergence.layers[0].name
 
 
+@pytest.mark.nightly
 def test_sizes_of_a_bundle_pass_and_the_one_that_is_wrong_is_named(
     tiny: Tiny, exported: Exported, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_check_takes_a_hubs_checkpoint(
     assert "has no revision" in cvx(*words, "--checkpoint", hub.root, "--revision", "v1").failure()
 
 
+@pytest.mark.nightly
 def test_bench_takes_a_hubs_checkpoint(hub: StubHub, tmp_path: Path) -> None:  # noqa: F811
     hub.root, hub.repository = Path(shutil.copytree(miniature("mini"), tmp_path / "mini")), "someone/mini"
     words = ("bench", "--model", "mini", "--steps", 2, "--runs", 1, "--quiet", "--output", tmp_path / "bench", "--json")
