@@ -9,10 +9,11 @@ Seconds by stage, and the memory of this process, go to stdout as JSON.
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from startup_stages import Clock
 
 from cvx_deploy.measure.memory import MemoryWatch, during
 from cvx_deploy.shape import Shape
@@ -20,29 +21,21 @@ from cvx_deploy.shape import Shape
 PROMPT = "a panda plays guitar in a bamboo grove"
 
 
-class Clock:
+class Spans(Clock):
     """Seconds by stage, and when each began and ended."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        super().__init__()
         self.spans: list[tuple[str, float, float]] = []
 
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the block's seconds."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(name, start, time.monotonic())
-
-    def add(self, name: str, start: float, end: float) -> None:
-        """Add a span."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
-        self.spans.append((name, start, end))
+    def add(self, name: str, seconds: float) -> None:
+        """Add some seconds that end now."""
+        super().add(name, seconds)
+        now = time.monotonic()
+        self.spans.append((name, now - seconds, now))
 
 
-def ours(clock: Clock, engine: str, bundle: Path, shape: str, steps: int, output: Path) -> None:
+def ours(clock: Spans, engine: str, bundle: Path, shape: str, steps: int, output: Path) -> None:
     """Make a video with the runtime, as `cvx-deploy run --guidance-scale 1` does."""
     from cvx_deploy.bundle.opened import Bundle
     from cvx_deploy.engines.observe import ObservedBackend, Observer
@@ -53,13 +46,13 @@ def ours(clock: Clock, engine: str, bundle: Path, shape: str, steps: int, output
 
     class Timed(Observer):
         def loaded(self, role: str, start: float, end: float) -> None:
-            clock.add(f"load {role}", start, end)
+            clock.add(f"load {role}", end - start)
 
         def before(self, role: str, inputs: Mapping[str, Any]) -> None:
             self.begun = time.monotonic()
 
         def after(self, role: str, outputs: Mapping[str, Any]) -> None:
-            clock.add(f"run {role}", self.begun, time.monotonic())
+            clock.add(f"run {role}", time.monotonic() - self.begun)
 
     with clock.measure("open and check the bundle"):
         opened = Bundle.open(bundle).at(Shape.parse(shape))
@@ -69,7 +62,7 @@ def ours(clock: Clock, engine: str, bundle: Path, shape: str, steps: int, output
     clock.seconds["write video"] = report.stages["write video"]
 
 
-def eager(clock: Clock, checkpoint: Path, shape: str, steps: int, output: Path) -> None:
+def eager(clock: Spans, checkpoint: Path, shape: str, steps: int, output: Path) -> None:
     """Make it with diffusers: weights stay in bf16, and each block's are converted as it runs."""
     import numpy as np
     import torch
@@ -104,7 +97,7 @@ def eager(clock: Clock, checkpoint: Path, shape: str, steps: int, output: Path) 
         generator=torch.Generator().manual_seed(7),
         output_type="latent",
     ).frames
-    clock.add("run transformer", started, time.monotonic())
+    clock.add("run transformer", time.monotonic() - started)
     pipe.transformer = None
     del denoiser
     with clock.measure("run vae_decoder_first"):
@@ -116,7 +109,7 @@ def main() -> None:
     """Make one video, and print what it took."""
     begun = time.monotonic()
     engine, source, shape, steps, output = sys.argv[1:6]
-    clock = Clock()
+    clock = Spans()
     with MemoryWatch(interval=0.2) as watch:
         if engine == "eager":
             eager(clock, Path(source), shape, int(steps), Path(output))

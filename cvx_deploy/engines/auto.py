@@ -100,14 +100,16 @@ def choose(
     wanted = (options.given() | ({"device"} if devices else set())) - {"residency"}
     obstacles = {name: _obstacle(spec, bundle, options, needed, wanted) for name, spec in SPECS.items()}
     able = [SPECS[name] for name, obstacle in obstacles.items() if not obstacle]
-    obstacles |= {spec.name: fits(spec.name) for spec in able}
-    able = [spec for spec in able if not obstacles[spec.name]] or able  # the run says what would fit, where none does
     if not able:
         told = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
         raise EngineError(
             f"no engine here can run {bundle.path} ({told})",
             fix="run: cvx-deploy doctor, or export with --precision fp32",
         )
+    obstacles |= {spec.name: fits(spec.name) for spec in able}
+    first, able = able[0].name, [spec for spec in able if not obstacles[spec.name]]
+    if not able:  # the run is refused, and says what would fit
+        return Choice(first, obstacles[first])
     on_gpu = sorted((spec for spec in able if spec.on_gpu), key=lambda spec: not spec.compiled)
     if on_gpu:
         how = "compiled for the GPU here" if on_gpu[0].compiled else "it runs on the GPU here"

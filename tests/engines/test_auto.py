@@ -117,6 +117,11 @@ def test_a_gpu_goes_before_a_cpu(mini: Bundle, probed: list[str], monkeypatch: p
     assert choose(mini, EngineOptions(threads=1)).engine == "openvino", "--threads speaks of a CPU"
 
 
+def test_where_none_fits_none_is_probed(mini: Bundle, probed: list[str]) -> None:
+    assert choose(mini, fits=lambda _: "it takes too much").why == "it takes too much"
+    assert not probed
+
+
 def test_where_none_can_each_is_said_with_its_reason(mini: Bundle) -> None:
     with pytest.raises(EngineError, match=r"no engine here can run .*onnxruntime: it takes no vram.*tensorrt: "):
         choose(mini, EngineOptions(vram=1 << 30))

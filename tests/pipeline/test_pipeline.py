@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,6 @@ from tests.command import cvx
 
 PROMPT = "a red circle moves to the right"
 STEPS: dict[str, Any] = {"num_inference_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with Pipeline.from_pretrained("mini", threads=1) as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def images() -> Iterator[Pipeline]:
-    with Pipeline.from_pretrained("mini-i2v", threads=1) as pipeline:
-        yield pipeline
 
 
 def test_a_video_is_that_of_the_command_line_to_the_bit(pipe: Pipeline, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Videos larger than a bundle's shape: what windows say is averaged, one window changes nothing, loops close."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,18 +32,6 @@ PROMPT = "a red circle moves to the right"
 STEPS: dict[str, Any] = {"num_inference_steps": 2}
 LARGE = Shape(17, 56, 48)
 Latents = NDArray[np.float32]
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with Pipeline.from_pretrained("mini", threads=1) as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def images() -> Iterator[Pipeline]:
-    with Pipeline.from_pretrained("mini-i2v", threads=1) as pipeline:
-        yield pipeline
 
 
 def psnr(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
