@@ -66,11 +66,11 @@ def main() -> None:
     """Read the command line, and do what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of dataset, cache, run and videos")
-    parser.add_argument("--guidance", type=float, default=6.0, help="the teacher's scale")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--guidance", type=float, default=2.0, help="the teacher's scale")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--ema", type=float, help="decay of averaged weights")
     parser.add_argument("--min-snr", type=float, help="gamma of min-SNR weighting")
     parser.add_argument("--count", type=int, default=200, help="held-out captions")
@@ -83,7 +83,7 @@ def main() -> None:
     cache = prepared_cache(work, scenes, captions_of(scenes, (_SEED, 2)), SHORT_LENGTH)
     how = Training(
         steps=given.steps, batch=given.batch, rank=given.rank, learning_rate=given.rate, ema=given.ema,
-        min_snr=given.min_snr, guidance=given.guidance, save_every=100,
+        min_snr=given.min_snr, guidance=given.guidance, save_every=50,
     )  # fmt: skip
     began = time.process_time()
     run = train(mini, cache, work / given.name, how, load=with_padding)

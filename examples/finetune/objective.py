@@ -77,30 +77,44 @@ class Prepared:
             for clip in index["clips"]:
                 self.buckets[clip["shape"]].append(clip)
 
-    def batch(self, size: int, seed: int, step: int, process: int = 0, *, drop_captions: bool = True) -> Batch:
-        """Draw a step's bucket, as likely as it has clips, and of it clips, captions, noise and timesteps."""
-        draw = random.Random(repr((seed, step, process)))
-        generator = torch.Generator().manual_seed(draw.getrandbits(48))
-        bucket = draw.choices(list(self.buckets.values()), [len(clips) for clips in self.buckets.values()])[0]
-        clips = [draw.choice(bucket) for _ in range(size)]
-        latents = torch.stack([self._drawn(clip["latents"], generator) for clip in clips]) * self._scale
-        dropped = [drop_captions and draw.random() < _DROP_CAPTION for _ in clips]
-        names = [self._empty if drop else clip["prompt"] for clip, drop in zip(clips, dropped, strict=True)]
-        return Batch(
-            latents=latents,
-            noise=torch.randn(latents.shape, generator=generator),
-            images=self._images(clips, latents, generator) if self.task == "image-to-video" else None,
-            prompts=torch.stack([self._prompt(name) for name in names]),
-            empty=self._prompt(self._empty)[None],
-            # One from each of `size` equal parts of the schedule: less noise in the loss than independent draws.
-            timesteps=torch.tensor([int((k + draw.random()) / size * 1000) for k in draw.sample(range(size), size)]),
-        )
+    def batch(
+        self, size: int, seed: int, step: int, process: int = 0, processes: int = 1, *, drop_captions: bool = True
+    ) -> Batch:
+        """Draw a process's part of a step: a bucket, as likely as it has clips, then of every example all that is its.
 
-    def _images(self, clips: list[dict[str, str]], latents: Tensor, generator: torch.Generator) -> Tensor:
-        images = torch.zeros_like(latents)
-        first = torch.stack([self._drawn(clip["image"], generator) for clip in clips])
-        images[:, :1] = first * self._image_scale
-        return images
+        An example's draws follow from its place in the step alone, so that two processes see what one with twice the
+        batch sees.
+        """
+        draw = random.Random(repr((seed, step)))
+        bucket = draw.choices(list(self.buckets.values()), [len(clips) for clips in self.buckets.values()])[0]
+        total = size * processes
+        # One timestep from each of `total` equal parts of the schedule: less noise in the loss than independent draws.
+        parts = draw.sample(range(total), total)
+        examples = [
+            self._example(bucket, random.Random(repr((seed, step, place))), (parts[place], total), drop_captions)
+            for place in range(process * size, (process + 1) * size)
+        ]
+        stacked: dict[str, Any] = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        return Batch(**{"images": None, **stacked}, empty=self._prompt(self._empty)[None])
+
+    def _example(
+        self, bucket: list[dict[str, str]], draw: random.Random, part: tuple[int, int], drop: bool
+    ) -> dict[str, Tensor]:
+        """Draw one clip of a bucket, its noise, and a timestep from the first of that many parts of the schedule."""
+        generator = torch.Generator().manual_seed(draw.getrandbits(48))
+        clip = draw.choice(bucket)
+        latents = self._drawn(clip["latents"], generator) * self._scale
+        dropped = drop and draw.random() < _DROP_CAPTION
+        drawn = {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "prompts": self._prompt(self._empty if dropped else clip["prompt"]),
+            "timesteps": torch.tensor(int((part[0] + draw.random()) / part[1] * 1000)),
+        }
+        if self.task == "image-to-video":
+            drawn["images"] = torch.zeros_like(latents)
+            drawn["images"][:1] = self._drawn(clip["image"], generator) * self._image_scale
+        return drawn
 
     def _drawn(self, name: str, generator: torch.Generator) -> Tensor:
         stored = self._load(name)

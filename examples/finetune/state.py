@@ -28,7 +28,7 @@ class Training:
     Attributes:
         method: Adapters of the attentions and feed-forward layers, or all weights.
         steps: Steps in all; the learning rate warms up, holds, and falls to zero over the last fifth.
-        batch: Clips a step and process.
+        batch: Clips a step and process; with two processes, half of it gives the same weights.
         rank: Of the adapters.
         ema: How much of the averaged weights stays at each step; they are what is exported then.
         min_snr: See `objective.Objective`; `guidance` likewise.
@@ -71,7 +71,7 @@ class Run:
 
     Attributes:
         output: Its folder.
-        how: What it was begun with; another is refused.
+        how: What it was begun with; another is refused. `processes` likewise.
         parameters: What is trained.
         ema: Their average, if any.
         step: Steps done.
@@ -79,6 +79,7 @@ class Run:
 
     output: Path
     how: Training
+    processes: int
     transformer: CogVideoXTransformer3DModel
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -99,6 +100,11 @@ class Run:
             saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
             if saved["how"] != asdict(self.how):
                 raise CacheError(f"{path} is of a run with other settings", fix="choose another output folder")
+            if saved["processes"] != self.processes:
+                raise CacheError(
+                    f"{path} is of a run of {saved['processes']} processes, and here are {self.processes}",
+                    fix="start as many, or choose another output folder",
+                )
             for parameter, value in zip(self.parameters, saved["parameters"], strict=True):
                 parameter.data.copy_(value)
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -110,6 +116,7 @@ class Run:
         """Write the state and the weights that are exported, each whole or not at all."""
         state = {
             "how": asdict(self.how),
+            "processes": self.processes,
             "step": self.step,
             "parameters": [parameter.detach().cpu() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),

@@ -9,10 +9,12 @@ learns what its own checkpoint makes at guidance G, to be run at guidance 1: hal
 
 import argparse
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from dataset import exit_with
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.training_utils import EMAModel
@@ -79,18 +81,21 @@ def train(
         CacheError: The cache cannot be read, or is of another task than the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
-    accelerator, prepared = Accelerator(mixed_precision=how.precision), Prepared(cache)
+    # While the first process validates, the others wait.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(mixed_precision=how.precision, kwargs_handlers=[waiting])
+    prepared = Prepared(cache)
     frozen = how.method == "lora" and how.precision == "bf16"
     transformer = load(checkpoint, torch.bfloat16 if frozen else torch.float32)
     _check_task(prepared, transformer)
-    run = _begun(transformer.to(accelerator.device), output, how)
+    run = _begun(transformer.to(accelerator.device), output, how, accelerator.num_processes)
     student, optimizer = accelerator.prepare(transformer, run.optimizer)
     scheduler = CogVideoXDDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler", local_files_only=True)
     objective = Objective(scheduler, transformer.config, how.min_snr, how.guidance)
     student.train()
     losses: list[float] = []
     while run.step < how.steps:
-        draw = (how.batch, how.seed, run.step, accelerator.process_index)
+        draw = (how.batch, how.seed, run.step, accelerator.process_index, accelerator.num_processes)
         batch = prepared.batch(*draw, drop_captions=how.guidance is None).to(accelerator.device)
         with accelerator.autocast():
             loss = objective.loss(student, transformer, batch)
@@ -108,11 +113,11 @@ def train(
     return run
 
 
-def _begun(transformer: CogVideoXTransformer3DModel, output: Path, how: Training) -> Run:
+def _begun(transformer: CogVideoXTransformer3DModel, output: Path, how: Training, processes: int) -> Run:
     """Return a run at its first step, or where it was cut off."""
     parameters = make_trainable(transformer, how)
     ema = None if how.ema is None else EMAModel(parameters, decay=how.ema)
-    run = Run(output, how, transformer, parameters, new_optimizer(parameters, how), ema)
+    run = Run(output, how, processes, transformer, parameters, new_optimizer(parameters, how), ema)
     run.resume()
     if ema is not None:
         ema.to(parameters[0].device)
@@ -123,7 +128,8 @@ def _look_up(accelerator: Accelerator, run: Run, losses: list[float], validation
     """Report, save and validate where it is time to, on the first process."""
     last, shown = run.step == run.how.steps, validation is not None and run.step % validation.every == 0
     if run.step % _REPORT == 0 or last:
-        accelerator.print(f"step {run.step} of {run.how.steps}: loss {sum(losses) / len(losses):.5f}", flush=True)
+        mean = accelerator.reduce(torch.tensor(losses, device=accelerator.device).mean(), "mean")
+        accelerator.print(f"step {run.step} of {run.how.steps}: loss {float(mean):.5f}", flush=True)
         losses.clear()
     if last or shown or run.step % run.how.save_every == 0:
         if accelerator.is_main_process:

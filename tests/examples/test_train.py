@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import train as script
+from accelerate import Accelerator
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from objective import Batch, CacheError, Objective, Prepared, rotary
 from safetensors.torch import load_file
@@ -95,10 +96,16 @@ def test_adapters_train_on_weights_in_bfloat16(tiny: Tiny, tiny_cache: Cache, tm
     assert (kinds, {p.dtype for p in run.parameters}) == ({torch.bfloat16}, {torch.float32})
 
 
-def test_settings_cache_and_state_that_do_not_fit_are_refused(tiny: Tiny, tiny_cache: Cache, tmp_path: Path) -> None:
+def test_settings_cache_and_state_that_do_not_fit_are_refused(
+    tiny: Tiny, tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=1))
     with pytest.raises(CacheError, match="other settings"):
         train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=2))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(CacheError, match=r"of a run of 1 processes, and here are 2. fix: start as many"):
+        train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=1))
+    monkeypatch.undo()
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(CacheError, match=r"state\.pt is damaged"):
         train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=1))
@@ -188,12 +195,23 @@ def test_rotary_tables_are_those_of_the_pipelines(model_name: str, tiny: Tiny) -
     assert not torch.equal(other[0][: len(found[0])], found[0]) or other[0].shape != found[0].shape
 
 
-def test_batches_follow_from_seed_step_and_process(tiny_cache: Cache) -> None:
+def test_batches_follow_from_seed_and_step(tiny_cache: Cache) -> None:
     prepared = Prepared(tiny_cache("5b-i2v"))
     batch, again = (prepared.batch(2, 0, 3) for _ in range(2))
     assert torch.equal(batch.latents, again.latents)
     assert torch.equal(batch.noise, again.noise)
     assert batch.images is not None
     assert batch.images[:, :1].abs().max() > 0 == batch.images[:, 1:].abs().max()
-    for seed, step, process in ((1, 3, 0), (0, 4, 0), (0, 3, 1)):
-        assert not torch.equal(prepared.batch(2, seed, step, process).noise, batch.noise)
+    for seed, step in ((1, 3), (0, 4)):
+        assert not torch.equal(prepared.batch(2, seed, step).noise, batch.noise)
+
+
+def test_processes_share_the_batch_of_one(tiny_cache: Cache) -> None:
+    """The twin is a process of another place, whose part is another."""
+    prepared = Prepared(tiny_cache("5b-i2v"))
+    whole = prepared.batch(4, 0, 3)
+    halves = [prepared.batch(2, 0, 3, process, 2) for process in range(2)]
+    for name in ("latents", "noise", "images", "prompts", "timesteps"):
+        parts = [getattr(half, name) for half in halves]
+        assert torch.equal(torch.cat(parts), getattr(whole, name))
+        assert not torch.equal(*parts)
