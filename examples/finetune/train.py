@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -59,12 +60,13 @@ def make_trainable(transformer: CogVideoXTransformer3DModel, how: Training) -> l
 
 def new_optimizer(parameters: list[torch.nn.Parameter], how: Training) -> torch.optim.Optimizer:
     """Return AdamW over the trained parameters, with its state in 8 bits if asked for."""
-    kind = torch.optim.AdamW
+    shared: dict[str, Any] = {"lr": how.learning_rate, "betas": (0.9, 0.99), "weight_decay": 1e-2}
     if how.eight_bit:
         import bitsandbytes
 
-        kind = bitsandbytes.optim.AdamW8bit
-    return kind(parameters, lr=how.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+        return bitsandbytes.optim.AdamW8bit(parameters, **shared)
+    # Fused, it needs no memory of its own: AdamW as it is by default takes 4 bytes a parameter more on a GPU.
+    return torch.optim.AdamW(parameters, fused=True, **shared)
 
 
 def train(
