@@ -140,7 +140,7 @@ def _row(model: str, architecture: Architecture, shape: Shape, way: Way) -> Row:
 
 def table(results: dict[str, list[Row]]) -> list[str]:
     """Return the page's lines: both tables."""
-    head = "| model | shape | tokens | --method | {} | planned | |"
+    head = "| model | shape | tokens | method | {} | planned | |"
     lines = ["# What a training step takes", "", "Measured on a CPU, resident memory of two steps:", ""]
     lines += [head.format("measured") + " CPU seconds of a step |", "| --- " * 8 + "|"]
     lines += [_line(row) + f" {row['cpu_seconds']} |" for row in results["measured"]]

@@ -30,7 +30,7 @@ _ADAM, _ADAM_8BIT = 8.0, 2 + 2 * 4 / 256
 
 @dataclass(frozen=True)
 class Way:
-    """How train.py trains: its options that change how much memory a step takes, in bf16."""
+    """How train.py trains in bf16: those of its options that change how much memory a step takes."""
 
     method: Method
     checkpointing: bool = True
@@ -38,8 +38,8 @@ class Way:
     ema: bool = False
 
     def __str__(self) -> str:
-        options = {"--gradient-checkpointing": self.checkpointing, "--8bit": self.eight_bit, "--ema": self.ema}
-        return " ".join([self.method, *(option for option, given in options.items() if given)])
+        parts = {"checkpointing": self.checkpointing, "8-bit optimizer": self.eight_bit, "averages": self.ema}
+        return ", ".join([self.method, *(part for part, there in parts.items() if there)])
 
 
 WAYS: Final = tuple(
@@ -149,7 +149,7 @@ class TrainingPlan:
     def _rows(self) -> Iterator[list[str]]:
         fits = [] if self.vram is None else [f"in {size_text(self.vram)}"]
         parts = ("weights", "gradients", "optimizer", "averages", "activations")
-        yield ["--method", *parts, "all", "another clip", *fits]
+        yield ["", *parts, "all", "another clip", *fits]
         for way, needs in self.needs.items():
             sizes = [*(getattr(needs, part) for part in parts), needs.total + WORKSPACE, self.more[way]]
             verdict = [] if self.vram is None else ["yes" if self._fits(needs) else "no"]

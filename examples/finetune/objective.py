@@ -17,7 +17,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cvx_deploy.errors import CvxError
+from cvx_deploy.errors import CheckpointError, CvxError
 from cvx_deploy.reading import read_whole, reading
 
 # Captions replaced by the empty one, so that guidance keeps its other branch.
@@ -76,6 +76,27 @@ class Prepared:
             self._image_scale = 1 / self._scale if index["invert_scale_latents"] else self._scale
             for clip in index["clips"]:
                 self.buckets[clip["shape"]].append(clip)
+
+    def check_fits(self, checkpoint: Path, config: Any) -> None:
+        """Raise CacheError where this was prepared for another model than a checkpoint's.
+
+        Args:
+            checkpoint: The folder.
+            config: Its transformer's.
+        """
+        task = "image-to-video" if config.in_channels == 2 * config.out_channels else "text-to-video"
+        fix = (
+            "run examples/finetune/prepare.py with a bundle that was exported from this checkpoint, into another folder"
+        )
+        if self.task != task:
+            raise CacheError(f"the cache is for {self.task}, and the checkpoint makes videos {task}", fix=fix)
+        place = checkpoint / "vae" / "config.json"
+        with reading(place, CheckpointError, fix="name a checkpoint in diffusers layout"):
+            scale = float(json.loads(place.read_bytes())["scaling_factor"])
+        clip = next(iter(self.buckets.values()))[0]
+        channels, width = self._load(clip["latents"])["mean"].shape[1], self._prompt(clip["prompt"]).shape[1]
+        if (self._scale, channels, width) != (scale, config.out_channels, config.text_embed_dim):
+            raise CacheError(f"{self._folder} is of another model than {checkpoint}", fix=fix)
 
     def batch(
         self, size: int, seed: int, step: int, process: int = 0, processes: int = 1, *, drop_captions: bool = True

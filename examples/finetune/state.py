@@ -1,5 +1,7 @@
 """How a run trains, and what of it lies on the disk: all that it needs to go on, and what the export reads."""
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -52,6 +54,15 @@ class Training:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.rank, self.save_every) < 1:
             raise CvxError("steps, batch, rank and steps between saves are 1 at the least", fix="raise what is less")
+        rates = [rate for rate in (self.learning_rate, self.min_snr) if rate is not None]
+        if not all(0 < rate < math.inf for rate in rates):
+            raise CvxError("the learning rate and gamma of min-SNR are above 0", fix="try 1e-4, and 5")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise CvxError(f"a decay of {self.ema} averages nothing", fix="try 0.999")
+        if self.guidance is not None and not 1 < self.guidance < math.inf:
+            raise CvxError(
+                f"there is no guidance to distil at scale {self.guidance:g}", fix="name one above 1, such as 6"
+            )
         if self.guidance is not None and self.method != "lora":
             raise CvxError(
                 "guidance is distilled into a LoRA: its teacher is the same network without it",
@@ -111,6 +122,11 @@ class Run:
             if self.ema is not None:
                 self.ema.load_state_dict(saved["ema"])
             self.step = saved["step"]
+
+    def save_settings(self) -> None:
+        """Write what the run was begun with, for its reader."""
+        with staged_file(self.output / "settings.json") as path:
+            path.write_text(json.dumps(asdict(self.how), indent=1) + "\n", encoding="utf-8")
 
     def save(self) -> None:
         """Write the state and the weights that are exported, each whole or not at all."""

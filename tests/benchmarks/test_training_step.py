@@ -65,10 +65,10 @@ def test_storages_are_counted_while_they_live_and_views_once(scripts: Any) -> No
 def test_the_plan_of_training_is_shown_and_tells_what_fits() -> None:
     outcome = cvx("plan", "--model", "5b", "--train", "--vram", "80GB", "--json")
     ways = json.loads(outcome.out)["ways"]
-    assert ways["lora --gradient-checkpointing"]["fits"]
-    assert not ways["full --gradient-checkpointing"]["fits"]
-    assert ways["full --gradient-checkpointing"]["optimizer"] == 2 * ways["full --gradient-checkpointing"]["weights"]
-    assert "full --gradient-checkpointing --8bit" in cvx("plan", "--model", "2b", "--train").out
+    assert ways["lora, checkpointing"]["fits"]
+    assert not ways["full, checkpointing"]["fits"]
+    assert ways["full, checkpointing"]["optimizer"] == 2 * ways["full, checkpointing"]["weights"]
+    assert "full, checkpointing, 8-bit optimizer" in cvx("plan", "--model", "2b", "--train").out
     ranks = [training_plan(MODELS["5b"], SHAPE, rank).needs[Way("lora")] for rank in (64, 128)]
     assert ranks[1].gradients == 2 * ranks[0].gradients == 2 * 4 * 18 * 42 * 3072 * 64
 

@@ -17,7 +17,7 @@ from state import Run, Training
 from train import train
 from validate import Validation
 
-from cvx_deploy.errors import CheckpointError, CvxError
+from cvx_deploy.errors import CheckpointError, CvxError, MediaError, OutputError, PromptError
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.lora import read_adapters
 from cvx_deploy.families.cogvideox.models import MODELS
@@ -115,10 +115,57 @@ def test_settings_cache_and_state_that_do_not_fit_are_refused(
         Prepared(tmp_path)
     with pytest.raises(CheckpointError):
         train(tmp_path, tiny_cache("5b"), tmp_path / "new", SHORT)
-    with pytest.raises(CvxError, match="distilled into a LoRA"):
-        Training(method="full", guidance=6.0)
-    with pytest.raises(CvxError, match="1 at the least"):
-        Training(rank=0)
+    with pytest.raises(CacheError, match="of another model"):
+        train(tiny("5b"), tiny_cache("2b"), tmp_path / "new", SHORT)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        train(tiny("5b"), tiny_cache("5b"), tmp_path / "file" / "run", SHORT)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rank": 0}, "1 at the least"),
+        ({"learning_rate": float("nan")}, "above 0"),
+        ({"min_snr": 0.0}, "above 0"),
+        ({"ema": 1.0}, "averages nothing"),
+        ({"guidance": 1.0}, "no guidance to distil at scale 1"),
+        ({"method": "full", "guidance": 6.0}, "distilled into a LoRA"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(CvxError, match=told):
+        Training(**settings)
+
+
+def test_validation_needs_prompts_an_interval_and_for_image_to_video_an_image(
+    tiny: Tiny, tiny_cache: Cache, tmp_path: Path
+) -> None:
+    with pytest.raises(PromptError, match="--prompt"):
+        Validation(tmp_path, 1, ())
+    with pytest.raises(CvxError, match="choose 1 or more"):
+        Validation(tmp_path, 0, ("a",))
+    with pytest.raises(MediaError, match="no such file"):
+        Validation(tmp_path, 1, ("a",), image=tmp_path / "none.png")
+    with pytest.raises(MediaError, match="name one with --image"):
+        train(tiny("5b-i2v"), tiny_cache("5b-i2v"), tmp_path / "run", SHORT, Validation(tiny("5b-i2v"), 1, ("a",)))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_saved(
+    tiny: Tiny, tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin is the same run with a loss that is one, which overwrites what was saved."""
+    with pytest.raises(CutOffError):
+        train(tiny("5b"), tiny_cache("5b"), tmp_path, SHORT, load=cut_off_at(1))
+    saved = (tmp_path / "state.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "loss", lambda *_: torch.tensor(float("nan")))
+        with pytest.raises(script.TrainingError, match=r"the loss of step 1 is nan.*lower learning rate"):
+            train(tiny("5b"), tiny_cache("5b"), tmp_path, SHORT)
+    assert (tmp_path / "state.pt").read_bytes() == saved
+    train(tiny("5b"), tiny_cache("5b"), tmp_path, SHORT)
+    assert (tmp_path / "state.pt").read_bytes() != saved
 
 
 @pytest.mark.export
