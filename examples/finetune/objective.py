@@ -76,6 +76,8 @@ class Prepared:
             self._image_scale = 1 / self._scale if index["invert_scale_latents"] else self._scale
             for clip in index["clips"]:
                 self.buckets[clip["shape"]].append(clip)
+        if not self.buckets:
+            raise CacheError(f"{folder / 'index.json'} names no clip", fix=fix)
 
     def check_fits(self, checkpoint: Path, config: Any) -> None:
         """Raise CacheError where this was prepared for another model than a checkpoint's.

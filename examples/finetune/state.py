@@ -54,6 +54,8 @@ class Training:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.rank, self.save_every) < 1:
             raise CvxError("steps, batch, rank and steps between saves are 1 at the least", fix="raise what is less")
+        if not 0 <= self.seed < 2**63:
+            raise CvxError(f"{self.seed} is no seed", fix="choose one from 0 to 2**63 - 1")
         rates = [rate for rate in (self.learning_rate, self.min_snr) if rate is not None]
         if not all(0 < rate < math.inf for rate in rates):
             raise CvxError("the learning rate and gamma of min-SNR are above 0", fix="try 1e-4, and 5")

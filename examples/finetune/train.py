@@ -43,7 +43,10 @@ def transformer_of(checkpoint: Path, dtype: torch.dtype) -> CogVideoXTransformer
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    with reading(checkpoint / "transformer", CheckpointError, fix="name a checkpoint in diffusers layout"):
+    fix = "name a folder in diffusers layout; hf download makes one of a repository"
+    if not (checkpoint / "transformer").is_dir():
+        raise CheckpointError(f"there is no transformer in {checkpoint}", fix=fix)
+    with reading(checkpoint / "transformer", CheckpointError, fix=fix):
         transformer: CogVideoXTransformer3DModel = CogVideoXTransformer3DModel.from_pretrained(
             checkpoint, subfolder="transformer", torch_dtype=dtype, local_files_only=True
         )

@@ -113,7 +113,7 @@ def test_settings_cache_and_state_that_do_not_fit_are_refused(
         train(tiny("5b"), tiny_cache("5b-i2v"), tmp_path / "new", SHORT)
     with pytest.raises(CacheError, match=r"index\.json"):
         Prepared(tmp_path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="no transformer in"):
         train(tmp_path, tiny_cache("5b"), tmp_path / "new", SHORT)
     with pytest.raises(CacheError, match="of another model"):
         train(tiny("5b"), tiny_cache("2b"), tmp_path / "new", SHORT)
@@ -127,6 +127,7 @@ def test_settings_cache_and_state_that_do_not_fit_are_refused(
     ("settings", "told"),
     [
         ({"rank": 0}, "1 at the least"),
+        ({"seed": 2**63}, "is no seed"),
         ({"learning_rate": float("nan")}, "above 0"),
         ({"min_snr": 0.0}, "above 0"),
         ({"ema": 1.0}, "averages nothing"),
