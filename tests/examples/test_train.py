@@ -83,6 +83,22 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(tiny: Tiny, tiny_cache: C
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+def test_the_8_bit_optimizer_goes_on_to_the_bit(tiny: Tiny, tiny_cache: Cache, tmp_path: Path) -> None:
+    """The twin is the whole optimizer, which ends with other weights; states of fewer than 4096 weights stay whole."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    how = replace(SHORT, method="full", eight_bit=True)
+    whole = train(tiny("5b"), tiny_cache("5b"), tmp_path / "whole", how)
+    states = whole.optimizer.state.values()
+    assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
+    for _ in range(2):
+        with pytest.raises(CutOffError):
+            train(tiny("5b"), tiny_cache("5b"), tmp_path / "cut", how, load=cut_off_at(1))
+    resumed = train(tiny("5b"), tiny_cache("5b"), tmp_path / "cut", how)
+    other = train(tiny("5b"), tiny_cache("5b"), tmp_path / "other", replace(how, eight_bit=False))
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert not all(map(torch.equal, weights(whole), weights(other)))
+
+
 def test_all_weights_are_trained_and_saved_for_the_export(tiny: Tiny, tiny_cache: Cache, tmp_path: Path) -> None:
     how = replace(SHORT, method="full", steps=2, checkpointing=True, precision="bf16")
     run = train(tiny("5b"), tiny_cache("5b"), tmp_path, how)
