@@ -15,6 +15,7 @@ points give the three matrices, and that those other than 0, 1, -1, 2 and -2 rou
 Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks (https://arxiv.org/abs/1803.10986).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
 _INPUT, _KERNEL, _OUTPUT = matrices()
 _TAPS = len(_INPUT)
 _LEAST_CHANNELS = 64  # below, the sums cost what they save
+_LEAST_CELLS = 8192  # of the result; below, little is saved, by kernels of twice the bytes
 
 
 def halve_products(model: openvino.Model) -> int:
@@ -68,7 +70,8 @@ def _gains(node: Any) -> bool:
     told = node.get_attributes()
     plain = {*told["strides"], *told["dilations"]} == {1}
     within = told["pads_begin"] == told["pads_end"] == [*[0] * (len(kernel) - 4), 1, 1]
-    large = kernel[-2:] == [3, 3] and min(kernel[:2]) >= _LEAST_CHANNELS
+    cells = math.prod(node.output(0).get_shape()) // kernel[0]
+    large = kernel[-2:] == [3, 3] and min(kernel[:2]) >= _LEAST_CHANNELS and cells >= _LEAST_CELLS
     return plain and within and large and _constant(node.input_value(1)) is not None
 
 
