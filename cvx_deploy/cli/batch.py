@@ -79,7 +79,7 @@ def batch(
     if ray_address is not None:
         need_extra("ray", "ray")
     bundle = Bundle.open(bundle_folder(model, engines_dir))
-    engine = chosen(engine, bundle, options, progress=progress)
+    engine = chosen(engine, bundle, options, progress=progress).engine
     engine_spec(engine).check(options)
     tasks = tasks_of(prompts, bundle, f"{identity(bundle)} {engine}")
     if ray_address is not None:

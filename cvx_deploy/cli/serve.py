@@ -157,7 +157,7 @@ def _settings(
 
     bundles = {name: Bundle.open(bundle_folder(name, engines_dir)) for name in models}
     how = EngineOptions(threads=threads, vram=vram)
-    engine = chosen(engine, bundles[models[0]], how, devices=devices or (), progress=progress)
+    engine = chosen(engine, bundles[models[0]], how, devices=devices or (), progress=progress).engine
     on_gpu = engine_spec(engine).on_gpu
     if devices is not None and not on_gpu:
         raise click.UsageError(f"--devices means nothing to --engine {engine}; use --workers")
