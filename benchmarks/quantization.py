@@ -12,9 +12,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +49,11 @@ PRECISIONS = (
     "int8wo/fp32",
     "int4wo/fp32",
     "int4wo/fp32+moments",
+    "int4wo/fp32+moments+64",
     "fp8/fp32",
     "fp8/fp32+attention",
 )
+"""After a plus, what else: second moments, groups of 64 in place of those that int4wo has, or fp8 in attention, too."""
 RESULTS = Path(__file__).parent / "results" / "quantization"
 DOCS = Path(__file__).parents[1] / "docs" / "quantization.md"
 _CALIBRATION_SEED, _CALIBRATION_PROMPTS = (7, 7), 16
@@ -111,17 +114,19 @@ class Recorder(Observer):
 
 def bundle_of(precision: str, work: Path, progress: Progress) -> Bundle:
     """Export the miniature in a precision, unless it is there."""
-    scheme, _, more = precision.partition("+")
+    scheme, *more = precision.split("+")
     output = work / precision.replace("/", "-")
     if output.is_dir():
         return Bundle.open(output)
     checkpoint = miniature("mini")
     recipe = Recipe.parse(scheme, "fp32")
     static = recipe.transformer.scheme is not None and SCHEMES[recipe.transformer.scheme].activations is not None
-    table = _table(checkpoint, work, progress) if static or more == "moments" else None
-    quantizing = Quantizing(table, attention=more == "attention")
+    table = _table(checkpoint, work, progress) if static or "moments" in more else None
+    quantizing = Quantizing(table, attention="attention" in more)
     request = ExportRequest("mini", checkpoint, precision=scheme, quantizing=quantizing, copy_weights=True)
-    return bundle_from_checkpoint(request, output, progress)
+    smaller = {"int4wo": replace(SCHEMES["int4wo"], group=64)} if "64" in more else {}
+    with mock.patch.dict(SCHEMES, smaller):
+        return bundle_from_checkpoint(request, output, progress)
 
 
 def _table(checkpoint: Path, work: Path, progress: Progress) -> Path:

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import cvx_deploy
+from cvx_deploy.miniatures import miniature
 from tests.conftest import ROOT, Exported
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -95,6 +96,14 @@ def test_wheel_holds_the_exporters_as_real_files(wheel: Path) -> None:
     assert sources
     for source in sources:
         assert packed[f"cvx_deploy/{source.relative_to(ROOT)}"] == source.read_bytes()
+
+
+def test_wheel_holds_the_files_that_the_miniatures_share_in_both(wheel: Path) -> None:
+    packed = contents(wheel)
+    links = [path for path in miniature("mini-i2v").rglob("*") if path.is_symlink()]
+    assert miniature("mini-i2v") / "vae" / "diffusion_pytorch_model.safetensors" in links
+    for link in links:
+        assert packed[str(link.relative_to(ROOT))] == link.read_bytes()
 
 
 def test_wheel_built_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -> None:

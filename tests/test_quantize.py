@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from cvx_deploy import progress
 from tests.command import TELLING, Outcome, cvx, spawn, wait_for
 from tests.conftest import Tiny
 from tests.untraced import without_tracing
@@ -67,12 +68,17 @@ def test_a_calibration_prints_its_table_and_says_how_it_came_to_be(tiny: Tiny, t
     assert [file.name for file in tmp_path.iterdir()] == [place.name]
 
 
-def test_show_prints_one_table_and_compares_two(tiny: Tiny, table: Path, tmp_path: Path) -> None:
+def test_show_prints_one_table_and_compares_two(
+    tiny: Tiny, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "2 prompts at 9x80x112, steps 1 of 1, guidance scale 6, seed 0" in cvx("quantize", "--show", table).out
     told = only_object(cvx("quantize", "--show", table, "--json"))
     assert told["places"][PLACE] > 0
     other = tmp_path / "other"
-    assert quantize(tiny, *SMALL, "--seed", "5", "--output", other).code == 0
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    done = quantize(tiny, *SMALL, "--seed", "5", "--output", other)
+    assert done.code == 0
+    assert "calibrate: 50%, " in done.err, "without a terminal it says how far it is"
     compared = ("quantize", "--show", table, "--show", other)
     assert "seed: 0 and 5" in cvx(*compared).out
     differing = only_object(cvx(*compared, "--json"))

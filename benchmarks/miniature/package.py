@@ -2,10 +2,13 @@
 
     python benchmarks/miniature/package.py --checkpoint DIR --name mini
 
-The folder `cvx_deploy/miniatures/NAME` is then both, so that the weights are there once, and can be moved anywhere.
+The folder `cvx_deploy/miniatures/NAME` is then both, so that the weights are there once. What `mini-i2v` has in common
+with `mini` is there once, too: it becomes a link, so that `mini` is to be packaged first.
 """
 
 import argparse
+import filecmp
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -33,7 +36,18 @@ def package(checkpoint: Path, name: str, target: Path) -> Bundle:
         # No time stamp holds through an installation: the weights are hashed when they are loaded, in milliseconds.
         weights = {key: replace(file, in_bundle=True, mtime_ns=0) for key, file in manifest.weights.items()}
         (staging / MANIFEST).write_bytes(replace(manifest, weights=weights, checkpoint=".").to_json())
+        if name != MINIATURES[0]:
+            link_what_is_shared(staging, target.with_name(MINIATURES[0]))
     return Bundle.open(target)
+
+
+def link_what_is_shared(folder: Path, first: Path) -> None:
+    """Make every file of a folder that lies beside it in the folder `first`, byte for byte, a link to that one."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        same = first / file.relative_to(folder)
+        if same.is_file() and filecmp.cmp(file, same, shallow=False):
+            file.unlink()
+            file.symlink_to(os.path.relpath(same, file.parent))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from cvx_deploy.errors import BundleError, OutputError, ShapeError
 from cvx_deploy.families.family import Family
 from cvx_deploy.families.registry import FAMILIES, MODELS
 from cvx_deploy.files import sha256_of
+from cvx_deploy.miniatures import is_packaged
 from cvx_deploy.progress import Progress, SilentProgress
 from cvx_deploy.reading import read_whole
 from cvx_deploy.shape import Shape
@@ -241,8 +242,9 @@ def _contained(root: Path, relative: str, where: str, *, resolve: bool = True) -
     outside = leads_outside(relative)
     path = root / relative
     if not outside and resolve:
+        home = root.parent if is_packaged(root) else root  # the miniatures share files, by links to one another's
         # Unlike Path.resolve, which raises on a loop of links.
-        outside = not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+        outside = not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home))
     if outside:
         raise BundleError(f"{where} names {relative!r}, which lies outside", fix="do not use this bundle; export again")
     return path

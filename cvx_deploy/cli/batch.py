@@ -5,10 +5,19 @@ from typing import Any
 
 import click
 
-from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, RAY, Result, bytes_of, need_extra, plain_name, reporting
-from cvx_deploy.engines.auto import AUTO, CHOICES, chosen
+from cvx_deploy.cli.options import (
+    ENGINE,
+    ENGINES_DIR,
+    RAY,
+    VRAM,
+    Result,
+    cpu_threads,
+    need_extra,
+    plain_name,
+    reporting,
+)
+from cvx_deploy.engines.auto import chosen
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.miniatures import bundle_folder
@@ -35,9 +44,9 @@ _MOST_WORKERS = 4096
     help="A bundle of the engines folder, or a miniature.",
 )
 @ENGINES_DIR
-@click.option("--engine", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="What runs it.")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads of a worker. Default: all cores.")
-@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@ENGINE
+@cpu_threads("one per core; of a worker with --ray, its share")
+@VRAM
 @RAY
 @click.option(
     "--workers", type=click.IntRange(1, _MOST_WORKERS), help="With --ray, how many. Default: all that have room."
@@ -79,7 +88,7 @@ def batch(
     if ray_address is not None:
         need_extra("ray", "ray")
     bundle = Bundle.open(bundle_folder(model, engines_dir))
-    engine = chosen(engine, bundle, options, progress=progress)
+    engine = chosen(engine, bundle, options, progress=progress).engine
     engine_spec(engine).check(options)
     tasks = tasks_of(prompts, bundle, f"{identity(bundle)} {engine}")
     if ray_address is not None:

@@ -5,10 +5,20 @@ from typing import Any
 
 import click
 
-from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import MOVED_CHECKPOINT, SEED, Result, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.registry import ENGINES
+from cvx_deploy.cli.options import (
+    IMAGE,
+    MOVED_CHECKPOINT,
+    NAMED_ENGINE,
+    NUM_PROMPTS,
+    SEED,
+    Result,
+    cpu_threads,
+    open_bundle,
+    reporting,
+    sizes,
+    which_bundle,
+)
 from cvx_deploy.engines.spec import EngineName
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
@@ -23,8 +33,8 @@ from cvx_deploy.shape import Shape
     metavar="FILE",
     help="A text file with one prompt per line; a video is made of each, with all steps.",
 )
-@click.option("--num-prompts", type=int, metavar="N", help="Use only the first N prompts. Default: all.")
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
+@NUM_PROMPTS
+@IMAGE
 @click.option("--steps", type=int, help="Denoising steps. Default: the bundle's own.")
 @click.option("--guidance-scale", type=float, help="As runs will have it. Default: the bundle's own.")
 @click.option("--scheduler", type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own.")
@@ -39,8 +49,8 @@ from cvx_deploy.shape import Shape
     help="By what factor transformer calls are to be reduced; again for more. Default: 1.5, 2, 2.6 and 3.",
 )
 @sizes("Which of the bundle's sizes. Default: its first.", "any", several=False)
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs it.")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads. Default: one per core.")
+@NAMED_ENGINE
+@cpu_threads()
 @MOVED_CHECKPOINT
 @reporting
 def calibrate_cache(

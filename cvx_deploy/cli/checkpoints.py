@@ -8,12 +8,13 @@ import click
 
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
-    CHECKPOINT_FORMS,
     ENGINES_DIR,
     LORAS,
     OFFLINE,
     REVISION,
     SEED,
+    SOURCE,
+    VARIANT,
     Result,
     need_export_extra,
     plain_name,
@@ -68,13 +69,9 @@ def synth(like: str, scale: str, output: Path, seed: int, outliers: bool, progre
     callback=plain_name,
     help=f"{', '.join(MODELS)}, or a name of your own.",
 )
-@click.option(
-    "--checkpoint",
-    metavar="DIR|ID",
-    help=f"{CHECKPOINT_FORMS} Default: the model's Hugging Face id.",
-)
+@SOURCE
 @REVISION
-@click.option("--variant", metavar="NAME", help="Which weight files, such as fp16 for *.fp16.safetensors.")
+@VARIANT
 @OFFLINE
 @sizes("A video size, such as 49x480x720; again for more in the bundle.", "the model's", several=True)
 @click.option(

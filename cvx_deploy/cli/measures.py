@@ -8,6 +8,7 @@ import click
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.options import (
     ENGINES_DIR,
+    IMAGE,
     SEED,
     STEPS,
     Result,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 @reference
 @sizes("Which of the bundle's sizes. Default: its first.", "any", several=False)
 @click.option("--prompt", default="a red circle moves to the right", show_default=True, help="What to show.")
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
+@IMAGE
 @click.option("--steps", type=STEPS, help="Denoising steps. Default: the bundle's own.")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off. Default: the bundle's own.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the video.")

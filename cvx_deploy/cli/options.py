@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvx_deploy.bounds import HIGHEST_SEED, LARGEST_FACTOR, LONGEST_SIDE, LOWEST_SEED, MOST_FRAMES, MOST_STEPS
+from cvx_deploy.bounds import (
+    HIGHEST_SEED,
+    LARGEST_FACTOR,
+    LONGEST_SIDE,
+    LOWEST_SEED,
+    MOST_FRAMES,
+    MOST_STEPS,
+    MOST_THREADS,
+)
 from cvx_deploy.cli.entry import drop_stdout, error_line
+from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.engines.registry import ENGINES
 from cvx_deploy.errors import CvxError
 from cvx_deploy.install import pip_install
 from cvx_deploy.miniatures import MINIATURES, bundle_folder
@@ -200,8 +210,12 @@ MOVED_CHECKPOINT = click.option(
 
 
 REVISION = click.option("--revision", metavar="REV", help="A branch, tag or commit of a hub's repository.")
+VARIANT = click.option("--variant", metavar="NAME", help="Which weight files, such as fp16 for *.fp16.safetensors.")
 OFFLINE = click.option("--offline", is_flag=True, help="Use what has been fetched before, and no network.")
 CHECKPOINT_FORMS = "A folder in diffusers layout, a Hugging Face id, or modelscope://ID."
+SOURCE = click.option(
+    "--checkpoint", metavar="DIR|ID", help=f"{CHECKPOINT_FORMS} Default: the model's Hugging Face id."
+)
 
 
 def reference(command: Command) -> Command:
@@ -267,6 +281,12 @@ def need_extra(extra: str, *packages: str) -> None:
         )
 
 
+IMAGE = click.option(
+    "--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video."
+)
+NUM_PROMPTS = click.option("--num-prompts", type=int, metavar="N", help="Use only the first N prompts. Default: all.")
+
+
 def bytes_of(text: str) -> int:
     """Return the bytes that 12GB, 800MB or 16GiB means."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
@@ -274,3 +294,28 @@ def bytes_of(text: str) -> int:
         raise click.BadParameter(f"{text!r} is not a size, such as 12GB")
     base = 1024 if found[3] else 1000
     return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(CHOICES),
+    default=AUTO,
+    show_default=True,
+    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
+    "cvx-deploy build first.",
+)
+NAMED_ENGINE = click.option(
+    "--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs the networks."
+)
+VRAM = click.option(
+    "--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB."
+)
+
+
+def cpu_threads(default: str = "one per core") -> Callable[[Command], Command]:
+    """Give a command ``--threads``, and say what holds without it."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(1, MOST_THREADS),
+        help=f"CPU threads of onnxruntime or openvino. Default: {default}.",
+    )

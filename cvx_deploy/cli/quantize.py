@@ -9,7 +9,21 @@ import click
 from cvx_deploy.bounds import MOST_STEPS
 from cvx_deploy.cli.checkpoints import fetched
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, SEED, Result, need_export_extra, plain_name, reporting, shape_of
+from cvx_deploy.cli.options import (
+    ENGINES_DIR,
+    IMAGE,
+    NUM_PROMPTS,
+    OFFLINE,
+    REVISION,
+    SEED,
+    SOURCE,
+    VARIANT,
+    Result,
+    need_export_extra,
+    plain_name,
+    reporting,
+    shape_of,
+)
 from cvx_deploy.families.registry import MODELS
 from cvx_deploy.progress import Progress
 from cvx_deploy.shape import Shape
@@ -30,10 +44,10 @@ class _Ranking:
 
 @cli.command()
 @click.option("--model", metavar="NAME", callback=plain_name, help=f"{', '.join(MODELS)}, or a name of your own.")
-@click.option("--checkpoint", metavar="DIR|ID", help="As for export. Default: the model's Hugging Face id.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a hub's repository.")
-@click.option("--variant", metavar="NAME", help="Which weight files, such as fp16 for *.fp16.safetensors.")
-@click.option("--offline", is_flag=True, help="Use what has been fetched before, and no network.")
+@SOURCE
+@REVISION
+@VARIANT
+@OFFLINE
 @click.option("--shape", type=shape_of, metavar="FxHxW", help="The video size. Default: the model's.")
 @click.option(
     "--prompts",
@@ -41,7 +55,7 @@ class _Ranking:
     metavar="FILE",
     help="A text file with one prompt per line. Default: 64 that come with the package.",
 )
-@click.option("--num-prompts", type=int, metavar="N", help="Use only the first N prompts. Default: all.")
+@NUM_PROMPTS
 @click.option(
     "--steps",
     type=click.IntRange(max=MOST_STEPS),
@@ -51,7 +65,7 @@ class _Ranking:
 )
 @click.option("--guidance-scale", type=float, default=6.0, show_default=True, help="1: no unconditional branch.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first prompt's noise.")
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
+@IMAGE
 @click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: the checkpoint's own type.")
 @click.option(
     "--second-moments",

@@ -7,11 +7,21 @@ from typing import Any
 
 import click
 
-from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import ENGINES_DIR, RAY, Result, bytes_of, need_extra, plain_name, reporting
+from cvx_deploy.cli.options import (
+    ENGINE,
+    ENGINES_DIR,
+    RAY,
+    VRAM,
+    Result,
+    bytes_of,
+    cpu_threads,
+    need_extra,
+    plain_name,
+    reporting,
+)
 from cvx_deploy.cli.videos import devices_of
-from cvx_deploy.engines.auto import AUTO, CHOICES, chosen
+from cvx_deploy.engines.auto import chosen
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.errors import CvxError
@@ -39,15 +49,15 @@ def _plain_names(context: click.Context, parameter: click.Parameter, names: tupl
     help="A bundle of the engines folder, or a miniature; again for more. The first is what clients get by default.",
 )
 @ENGINES_DIR
-@click.option("--engine", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="What runs them.")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads a worker. Default: its share.")
+@ENGINE
+@cpu_threads("a worker's share of the cores")
 @click.option("--devices", type=devices_of, metavar="N[,N]", help="GPUs, one worker each. Default: 0.")
 @click.option(
     "--workers",
     type=click.IntRange(1, _MOST_WORKERS),
     help="Worker processes of an engine on CPUs. Default: 1; with --ray, all that have room.",
 )
-@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@VRAM
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option(
@@ -157,7 +167,7 @@ def _settings(
 
     bundles = {name: Bundle.open(bundle_folder(name, engines_dir)) for name in models}
     how = EngineOptions(threads=threads, vram=vram)
-    engine = chosen(engine, bundles[models[0]], how, devices=devices or (), progress=progress)
+    engine = chosen(engine, bundles[models[0]], how, devices=devices or (), progress=progress).engine
     on_gpu = engine_spec(engine).on_gpu
     if devices is not None and not on_gpu:
         raise click.UsageError(f"--devices means nothing to --engine {engine}; use --workers")

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import click
 
-from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
-from cvx_deploy.cli.options import Result, bytes_of, reporting, which_bundle
-from cvx_deploy.engines.registry import ENGINES
+from cvx_deploy.cli.options import NAMED_ENGINE, VRAM, Result, cpu_threads, reporting, which_bundle
 from cvx_deploy.engines.spec import EngineName, EngineOptions
 from cvx_deploy.progress import Progress
 
@@ -21,9 +19,9 @@ from cvx_deploy.progress import Progress
     metavar="DIR",
     help="The model repository; other models in it stay as they are.",
 )
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs it.")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads. Default: one per core.")
-@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@NAMED_ENGINE
+@cpu_threads()
+@VRAM
 @click.option("--force", is_flag=True, help="Replace an earlier model of that name.")
 @reporting
 def triton(

@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from cvx_deploy.bounds import MOST_THREADS
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
-from cvx_deploy.cli.options import MOVED_CHECKPOINT, Result, bytes_of, open_bundle, reporting, sizes, which_bundle
-from cvx_deploy.engines.auto import AUTO, CHOICES
+from cvx_deploy.cli.options import (
+    ENGINE,
+    IMAGE,
+    MOVED_CHECKPOINT,
+    VRAM,
+    Result,
+    bytes_of,
+    cpu_threads,
+    open_bundle,
+    reporting,
+    sizes,
+    which_bundle,
+)
+from cvx_deploy.engines.auto import AUTO
 from cvx_deploy.engines.registry import engine_spec
 from cvx_deploy.engines.residency import Policy
 from cvx_deploy.engines.spec import EngineName, EngineOptions
@@ -42,7 +53,7 @@ def devices_of(text: str) -> tuple[int, ...]:
 @which_bundle
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show; repeat it for several videos.")
 @click.option("--negative-prompt", default="", metavar="TEXT", help="What the video should not show.")
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="First frame, for image-to-video.")
+@IMAGE
 @click.option(
     "--video", type=click.Path(path_type=Path), metavar="FILE|DIR", help="A clip, or a folder of frames, to start from."
 )
@@ -123,21 +134,10 @@ def devices_of(text: str) -> tuple[int, ...]:
     "TensorRT's, built for a batch of 2, holds two without guidance.",
 )
 @click.option("--loop", is_flag=True, help="Let the end lead back to the beginning, by windows that reach over it.")
-@click.option(
-    "--engine",
-    type=click.Choice(CHOICES),
-    default=AUTO,
-    show_default=True,
-    help="What runs the networks: auto takes the fastest that can here, and says which. The tensorrt engines need "
-    "cvx-deploy build first.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, MOST_THREADS),
-    help="CPU threads of onnxruntime and openvino. Default: one per core.",
-)
+@ENGINE
+@cpu_threads()
 @click.option("--devices", type=devices_of, metavar="N[,N]", help=_DEVICES)
-@click.option("--vram", type=bytes_of, metavar="SIZE", help="GPU memory that a tensorrt engine may use, such as 12GB.")
+@VRAM
 @click.option(
     "--ram",
     type=bytes_of,

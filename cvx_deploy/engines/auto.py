@@ -61,7 +61,7 @@ def chosen(
     devices: Sequence[int] = (),
     fits: Callable[[EngineName], str] = lambda _: "",
     progress: Progress | None = None,
-) -> EngineName:
+) -> Choice:
     """Return the engine that a name means for a bundle: itself, unless it is ``auto``; a note says which, and why.
 
     Args:
@@ -77,28 +77,25 @@ def chosen(
         EngineError: No engine of this machine can run the bundle; for each, why not.
     """
     if engine != AUTO:
-        return engine
-    progress = progress or SilentProgress()
+        return Choice(engine, "it was asked for")
     if named := os.environ.get(VARIABLE, "").strip():
-        return engine_spec(named).name
-    found = choose(bundle, options, needed, devices=devices, fits=fits, progress=progress)
-    progress.note(f"engine {found}")
-    return found.engine
-
-
-def choose(
-    bundle: "Bundle",
-    options: EngineOptions = DEFAULT_OPTIONS,
-    needed: Needed = (),
-    *,
-    devices: Sequence[int] = (),
-    fits: Callable[[EngineName], str] = lambda _: "",
-    progress: Progress | None = None,
-) -> Choice:
-    """Find the fastest engine for a bundle; see `chosen`."""
+        return Choice(engine_spec(named).name, f"{VARIABLE} says so")
     progress = progress or SilentProgress()
     wanted = (options.given() | ({"device"} if devices else set())) - {"residency"}
     obstacles = {name: _obstacle(spec, bundle, options, needed, wanted) for name, spec in SPECS.items()}
+    found = _best(obstacles, bundle, options, fits, progress)
+    progress.note(f"engine {found}")
+    return found
+
+
+def _best(
+    obstacles: dict[EngineName, str],
+    bundle: "Bundle",
+    options: EngineOptions,
+    fits: Callable[[EngineName], str],
+    progress: Progress,
+) -> Choice:
+    """Return the fastest engine that nothing stands in the way of; `obstacles` says of each what does."""
     able = [SPECS[name] for name, obstacle in obstacles.items() if not obstacle]
     if not able:
         told = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
@@ -106,7 +103,7 @@ def choose(
             f"no engine here can run {bundle.path} ({told})",
             fix="run: cvx-deploy doctor, or export with --precision fp32",
         )
-    obstacles |= {spec.name: fits(spec.name) for spec in able}
+    obstacles = obstacles | {spec.name: fits(spec.name) for spec in able}
     first, able = able[0].name, [spec for spec in able if not obstacles[spec.name]]
     if not able:  # the run is refused, and says what would fit
         return Choice(first, obstacles[first])

@@ -7,10 +7,11 @@ what lies between operators is taken to be proportional to one tensor of a netwo
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.onnxruntime.graphs import streams
+from cvx_deploy.engines.openvino.spec import streams as openvino_streams
 from cvx_deploy.engines.residency import phase
 from cvx_deploy.engines.spec import EngineName, Needed
 from cvx_deploy.estimate.memory import (
@@ -24,14 +25,11 @@ from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.measure.units import size_text
 from cvx_deploy.shape import Shape
 
-if TYPE_CHECKING:
-    from onnx import GraphProto
-
 PROCESS: Final = 200 << 20
 """Bytes of the interpreter, of NumPy and of an engine's library."""
 _LARGE = 256 << 20
 """Bytes of weights below which nobody asks."""
-_OPENVINO_UNITS = {"transformer": 8.0, "vae": 11.0}
+_OPENVINO_UNITS = {"transformer": 8.0, "vae": 12.0}
 _OPENVINO_HELD = 1.1  # of weights that it multiplies as they are stored
 _OPENVINO_WIDENED = 2.1  # of weights it converts: those in the new type, and those arranged for its kernels
 _INT4_HELD = 2.1  # in ONNX Runtime, with the scales in float32
@@ -92,21 +90,50 @@ def _phases(bundle: Bundle, engine: EngineName, needed: Needed, share: float = 1
 
 def _of_network(bundle: Bundle, engine: EngineName, role: str, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Return the bytes that a network's weights take, and what lies between its operators."""
-    graph = bounded_graph(bundle, role)[1].graph
-    nodes = _NODES * (1 + len(graph.node) // 250)
-    held = _HELD[engine](bundle, role, graph)
+    graph = _graph(bundle, role)
+    nodes = _NODES * (1 + graph.nodes // 250)
+    held = _HELD[engine](bundle, role, graph.stored)
     return nodes + math.ceil(held), math.ceil(_UNITS[engine](phase(role)) * _unit(bundle, role, graph, sizes))
 
 
-def _held_by_onnxruntime(bundle: Bundle, role: str, graph: "GraphProto") -> float:
+@dataclass(frozen=True)
+class _Graph:
+    """What counts of a network's graph.
+
+    Attributes:
+        nodes: How many it has.
+        stored: How many values each weight outside of it has, and the bytes of one.
+        kernels: Output and input channels of each convolution of videos, the fewer first.
+    """
+
+    nodes: int
+    stored: tuple[tuple[int, float], ...]
+    kernels: tuple[tuple[int, int], ...]
+
+
+_Stored = Sequence[tuple[int, float]]
+_seen: dict[str, _Graph] = {}  # by SHA-256: a large graph takes a tenth of a second, and every engine asks
+
+
+def _graph(bundle: Bundle, role: str) -> _Graph:
+    digest = bundle.network(role).file.sha256
+    if digest not in _seen:
+        graph = bounded_graph(bundle, role)[1].graph
+        outside = [tensor for tensor in graph.initializer if tensor.external_data]
+        stored = tuple((math.prod(tensor.dims), _BYTES.get(tensor.data_type, 4.0)) for tensor in outside)
+        five = [tensor for tensor in graph.initializer if len(tensor.dims) == 5]
+        kernels = tuple((min(tensor.dims[:2]), max(tensor.dims[:2])) for tensor in five)
+        _seen[digest] = _Graph(len(graph.node), stored, kernels)
+    return _seen[digest]
+
+
+def _held_by_onnxruntime(bundle: Bundle, role: str, stored: _Stored) -> float:
     network = bundle.network(role)
-    stored = _stored(graph)
     file_bytes = sum(bundle.manifest.weights[name].size for name in network.weights)
     if not role.startswith("vae") and streams(network, file_bytes):
         converted = sorted((4.0 * values for values, _ in stored), reverse=True)
-        return sum(
-            converted[1:3]
-        )  # one layer's, and the next one's; the largest is the embedding, looked up in its file
+        # One layer's, and the next one's; the largest is the embedding, looked up in its file.
+        return sum(converted[1:3])
     scheme = None if network.quantization is None else network.quantization.scheme
     if scheme is not None:
         return {"int4wo": _INT4_HELD}.get(scheme, _INT8_HELD) * sum(values * size for values, size in stored)
@@ -114,11 +141,14 @@ def _held_by_onnxruntime(bundle: Bundle, role: str, graph: "GraphProto") -> floa
     return factor * 4.0 * sum(values for values, _ in stored)
 
 
-def _held_by_openvino(bundle: Bundle, role: str, graph: "GraphProto") -> float:
+def _held_by_openvino(bundle: Bundle, role: str, stored: _Stored) -> float:
     wide = _WIDE[bundle.network(role).precision]
-    embedding = max(_stored(graph), default=(0, 0.0)) if role == "text_encoder" else (0, 0.0)
+    in_file = sum(values * size for values, size in stored)
+    if openvino_streams(role, math.ceil(in_file)):
+        return _OPENVINO_HELD * in_file
+    embedding = max(stored, default=(0, 0.0)) if role == "text_encoder" else (0, 0.0)
     held = 0.0
-    for values, size in _stored(graph):
+    for values, size in stored:
         if size <= 1:
             held += _OPENVINO_HELD * values * size
         elif (values, size) != embedding:  # which is looked up in its file
@@ -126,7 +156,7 @@ def _held_by_openvino(bundle: Bundle, role: str, graph: "GraphProto") -> float:
     return held
 
 
-_HELD: Final[Mapping[EngineName, Callable[[Bundle, str, "GraphProto"], float]]] = {
+_HELD: Final[Mapping[EngineName, Callable[[Bundle, str, _Stored], float]]] = {
     "onnxruntime": _held_by_onnxruntime,
     "openvino": _held_by_openvino,
 }
@@ -136,23 +166,13 @@ _UNITS: Final[Mapping[EngineName, Callable[[str], float]]] = {
 }
 
 
-def _stored(graph: "GraphProto") -> list[tuple[int, float]]:
-    """Return how many values each weight outside of a graph has, and the bytes of one."""
-    return [
-        (math.prod(tensor.dims), _BYTES.get(tensor.data_type, 4.0))
-        for tensor in graph.initializer
-        if tensor.external_data
-    ]
-
-
-def _unit(bundle: Bundle, role: str, graph: "GraphProto", sizes: Mapping[str, int]) -> int:
+def _unit(bundle: Bundle, role: str, graph: _Graph, sizes: Mapping[str, int]) -> int:
     """Return the bytes of a network's typical tensor, in float32, its causal caches added to the VAE's."""
     network = bundle.network(role)
     shapes = {spec.name: spec.resolve(dict(sizes)) for spec in (*network.inputs, *network.outputs)}
     if role.startswith("vae"):
         pixels = max(math.prod(shape[2:]) for shape in shapes.values() if len(shape) == 5)
-        ends = [sorted(tensor.dims[:2]) for tensor in graph.initializer if len(tensor.dims) == 5]
-        channels = min(ends, default=[1, 1])[1]  # of what is made of three colours, or becomes them
+        channels = min(graph.kernels, default=(1, 1))[1]  # of what is made of three colours, or becomes them
         state = sum(math.prod(shapes[name]) for name in network.state)
         return 4 * pixels * channels + math.ceil(4 * state * CPU_STATE / CPU_DECODER)
     if phase(role) != "transformer":

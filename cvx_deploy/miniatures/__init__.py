@@ -1,9 +1,11 @@
 """The miniatures: trained CogVideoX models of a few million parameters that come with the package.
 
 Each folder here is a checkpoint in diffusers layout and a ready bundle over it at once. They draw one simple shape that
-moves, on what a caption says; ``benchmarks/miniature`` trains, packages and scores them.
+moves, on what a caption says; ``benchmarks/miniature`` trains, packages and scores them. What ``mini-i2v`` has in
+common with ``mini``, its VAE first of all, is a link to it; in an installed wheel it is a file.
 """
 
+import os
 from pathlib import Path
 
 MINIATURES = ("mini", "mini-i2v")
@@ -22,4 +24,4 @@ def bundle_folder(name: str, engines_dir: Path) -> Path:
 
 def is_packaged(bundle: Path) -> bool:
     """Whether a bundle is one of the package's own, which nothing may write to."""
-    return bundle.resolve() in {miniature(name).resolve() for name in MINIATURES}
+    return os.path.realpath(bundle) in {os.path.realpath(miniature(name)) for name in MINIATURES}

@@ -103,7 +103,7 @@ class Pipeline:
             devices=devices,
             fits=lambda name: obstacle(bundle, name, options, usual),
             progress=progress,
-        )
+        ).engine
         spec = engine_spec(engine)
         if devices and "device" not in spec.takes:
             raise EngineError(f"devices means nothing to the engine {engine}", fix="leave devices out")

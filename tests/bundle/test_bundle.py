@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from cvx_deploy.bundle.schema import (
 from cvx_deploy.errors import BundleError, ShapeError
 from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.families.cogvideox.vae import Vae
+from cvx_deploy.miniatures import MINIATURES, miniature
 from cvx_deploy.progress import SilentProgress
 from cvx_deploy.shape import Shape
 
@@ -233,6 +235,19 @@ def test_a_link_that_leaves_is_refused_even_to_the_same_content(bundle: Bundle, 
     (bundle.path / file).symlink_to(outside)
     with pytest.raises(BundleError, match=f"names '{file}', which lies outside"):
         use(bundle.path)
+
+
+def test_only_the_packaged_miniatures_may_link_to_one_another(tmp_path: Path) -> None:
+    """The twin is the same pair of folders elsewhere, where a link from one bundle into the next is one that leaves."""
+    use(miniature("mini-i2v"))
+    for name in MINIATURES:
+        shutil.copytree(miniature(name), tmp_path / name)
+    use(tmp_path / "mini-i2v")  # files all of them, as in a wheel
+    shared = tmp_path / "mini-i2v" / "tokenizer.json"
+    shared.unlink()
+    shared.symlink_to("../mini/tokenizer.json")
+    with pytest.raises(BundleError, match=r"names 'tokenizer.json', which lies outside"):
+        use(tmp_path / "mini-i2v")
 
 
 def test_a_link_inside_is_followed(bundle: Bundle) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cvx_deploy import Pipeline
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines import auto
-from cvx_deploy.engines.auto import VARIABLE, choose, chosen
+from cvx_deploy.engines.auto import VARIABLE, chosen
 from cvx_deploy.engines.registry import SPECS
 from cvx_deploy.engines.spec import EngineOptions, EngineSpec, Probe
 from cvx_deploy.errors import EngineError
@@ -54,15 +54,15 @@ def with_spec(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> Non
 
 def test_the_fastest_is_taken_and_the_machine_is_asked_once(mini: Bundle, probed: list[str]) -> None:
     notes = Notes()
-    assert [chosen("auto", mini, progress=notes) for _ in range(2)] == ["openvino"] * 2
+    assert [chosen("auto", mini, progress=notes).engine for _ in range(2)] == ["openvino"] * 2
     assert probed == ["onnxruntime", "openvino"]
     assert "engine openvino: a block of the transformer takes 100 ms, 200 ms in onnxruntime" in notes.told
 
 
 def test_twin_another_cpu_is_asked_again(mini: Bundle, probed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(mini)
+    chosen("auto", mini)
     monkeypatch.setattr(auto, "cpu_name", lambda: "another")
-    choose(mini)
+    chosen("auto", mini)
     assert probed == ["onnxruntime", "openvino"] * 2
 
 
@@ -71,7 +71,7 @@ def test_what_is_kept_and_makes_no_sense_is_not_believed(
     mini: Bundle, probed: list[str], kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Kept, "get", lambda *_: kept)
-    assert choose(mini).engine == "openvino"
+    assert chosen("auto", mini).engine == "openvino"
     assert len(probed) == 2
 
 
@@ -87,13 +87,13 @@ def test_a_real_probe_runs_one_block_on_each_engine(mini: Bundle, tmp_path: Path
 
 def test_an_engine_that_fails_in_the_probe_is_not_taken(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "_seconds", lambda spec, *_: None if spec.name == "openvino" else 0.1)
-    assert choose(mini).engine == "onnxruntime"
+    assert chosen("auto", mini).engine == "onnxruntime"
 
 
 def test_the_one_that_can_run_a_bundle_is_not_probed(mini: Bundle, probed: list[str]) -> None:
     if SPECS["openvino"].obstacle(in_precision(mini, "bf16").manifest):
         pytest.skip("OpenVINO does not compute in bf16 on this CPU")
-    found = choose(in_precision(mini, "bf16"))
+    found = chosen("auto", in_precision(mini, "bf16"))
     assert found.engine == "openvino"
     assert "ONNX Runtime has no bf16 on the CPU" in found.why
     assert not probed
@@ -111,20 +111,20 @@ def test_a_gpu_goes_before_a_cpu(mini: Bundle, probed: list[str], monkeypatch: p
     works: Any = {"version": lambda: "1", "probe": lambda: Probe(True, ""), "obstacle": lambda _: ""}
     with_spec(monkeypatch, "onnxruntime-cuda", **works)
     with_spec(monkeypatch, "tensorrt", **works)
-    assert choose(mini).engine == "onnxruntime-cuda"
+    assert chosen("auto", mini).engine == "onnxruntime-cuda"
     there.append("tensorrt")
-    assert choose(mini).engine == "tensorrt", "what was compiled goes first"
-    assert choose(mini, EngineOptions(threads=1)).engine == "openvino", "--threads speaks of a CPU"
+    assert chosen("auto", mini).engine == "tensorrt", "what was compiled goes first"
+    assert chosen("auto", mini, EngineOptions(threads=1)).engine == "openvino", "--threads speaks of a CPU"
 
 
 def test_where_none_fits_none_is_probed(mini: Bundle, probed: list[str]) -> None:
-    assert choose(mini, fits=lambda _: "it takes too much").why == "it takes too much"
+    assert chosen("auto", mini, fits=lambda _: "it takes too much").why == "it takes too much"
     assert not probed
 
 
 def test_where_none_can_each_is_said_with_its_reason(mini: Bundle) -> None:
     with pytest.raises(EngineError, match=r"no engine here can run .*onnxruntime: it takes no vram.*tensorrt: "):
-        choose(mini, EngineOptions(vram=1 << 30))
+        chosen("auto", mini, EngineOptions(vram=1 << 30))
 
 
 def test_an_environment_variable_says_what_auto_means(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,4 +133,4 @@ def test_an_environment_variable_says_what_auto_means(mini: Bundle, monkeypatch:
     monkeypatch.setenv(VARIABLE, "onyx")
     with pytest.raises(EngineError, match="there is no engine 'onyx'"):
         Pipeline(mini)
-    assert chosen("openvino", mini) == "openvino", "a name means itself"
+    assert chosen("openvino", mini).engine == "openvino", "a name means itself"

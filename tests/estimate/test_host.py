@@ -1,6 +1,7 @@
 """What a run takes of this machine's memory, and what is said where that is more than it may have."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from cvx_deploy.engines.spec import EngineOptions
 from cvx_deploy.errors import EngineError, OutOfMemoryError
 from cvx_deploy.estimate import host
 from cvx_deploy.estimate.host import PROCESS, HostNeeds, host_needs
+from cvx_deploy.graph.bounded import bounded_graph
 from cvx_deploy.measure import limit as limits
 from cvx_deploy.measure.limit import memory_limit
 from cvx_deploy.miniatures import miniature
@@ -52,6 +54,25 @@ def test_weights_that_stay_in_their_file_are_left_out(mini: Bundle, monkeypatch:
     copied = needs(mini).phases["transformer"]
     monkeypatch.setattr(graphs, "LARGE_NETWORK", 0)
     assert needs(mini).phases["transformer"] < copied
+
+
+def test_a_graph_is_read_once_for_all_engines_and_sizes(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin is another graph, which is read."""
+    read: list[str] = []
+
+    def reading(bundle: Bundle, role: str) -> Any:
+        read.append(role)
+        return bounded_graph(bundle, role)
+
+    monkeypatch.setattr(host, "bounded_graph", reading)
+    monkeypatch.setattr(host, "_seen", {})
+    first = needs(mini)
+    roles = ["modulation", "text_encoder", "transformer", "vae_decoder_first"]
+    assert sorted(read) == roles
+    assert needs(mini, "openvino") != first == needs(mini)
+    assert sorted(read) == roles
+    assert needs(Bundle.open(miniature("mini-i2v"))).phases["transformer"] != first.phases["transformer"]
+    assert "transformer" in read[len(roles) :]
 
 
 def test_where_not_all_fit_at_once_those_of_a_phase_are_held(mini: Bundle) -> None:

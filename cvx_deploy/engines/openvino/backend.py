@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, numpy_dtype
 from cvx_deploy.engines.backend import refuse_bfloat16
+from cvx_deploy.engines.openvino.spec import streams
 from cvx_deploy.engines.openvino.winograd import halve_products
 from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import EngineError
 from cvx_deploy.graph.bounded import bounded_graph
-from cvx_deploy.graph.streamed import LARGE_NETWORK, stream_weights
+from cvx_deploy.graph.streamed import stream_weights
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
@@ -28,12 +29,6 @@ _EXACT = frozenset({"modulation"})
 """Networks that compute in fp32 at any precision: OpenVINO would round angles of up to 999 to 8 bits.
 
 On a tiny 5b the relative error would be 0.29, where it is 0.004.
-"""
-_STREAMED = frozenset({"modulation"})
-"""Networks whose weights, where there are many, stay in their file and are converted in each run.
-
-A run of one token reads each weight once, while to arrange them all takes OpenVINO many times as long: a 5b's 84
-products are loaded in 8 s and 6.5 GB otherwise, instead of 1.3 s and 1.7 GB, and a step's then take 0.2 s, not 0.5.
 """
 _POLL_MS = 100
 
@@ -174,8 +169,8 @@ class OpenVinoBackend(LoadedNetworks[OpenVinoSession]):
 
         _, proto = bounded_graph(bundle, role)
         weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
-        streams = role in _STREAMED and sum(each.nbytes for each in weights.values()) >= LARGE_NETWORK
-        streamed = {weight.name for weight in stream_weights(proto)} if streams else set[str]()
+        large = streams(role, sum(each.nbytes for each in weights.values()))
+        streamed = {weight.name for weight in stream_weights(proto)} if large else set[str]()
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))
         model = self._core.read_model(proto.SerializeToString())

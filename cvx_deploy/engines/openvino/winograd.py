@@ -7,13 +7,15 @@ input, and six of the kernel's three, they take six::
 
 The sums are cheap: those of the input are depthwise convolutions, those of the kernel constants. What is left is a
 convolution 3x1x3 over a quarter of the rows for each u; in two dimensions, 1x3. The result is the same but for
-rounding: in float32 its relative error is some 3e-6, where that of the direct one is 4e-7; in half precision it would
+rounding: in float32 its relative error is some 2e-6, where that of the direct one is 4e-7; in half precision it would
 be too large.
 
-Source: A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks (https://arxiv.org/abs/1509.09308),
-which gives the matrices for the points 0, 1, -1, 2, -2 and infinity.
+Sources: A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks (https://arxiv.org/abs/1509.09308); how
+points give the three matrices, and that those other than 0, 1, -1, 2 and -2 round less: B. Barabasz et al., Error
+Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks (https://arxiv.org/abs/1803.10986).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,25 +23,31 @@ import openvino
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-_INPUT = np.array(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-    np.float32,
-)  # B, transposed
-_KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32) / np.float32(
-    24
-)  # G
-_OUTPUT = np.array(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32
-)  # A, transposed
-_ROWS, _TAPS = _OUTPUT.shape
+Matrix = NDArray[np.float64]
+
+_ROWS, _KERNEL_ROWS = 4, 3
+_POINTS = (0.0, 1.5, -1.5, 2 / 3, -2 / 3)  # and infinity; they round a third less than 0, 1, -1, 2 and -2
+
+
+def matrices() -> tuple[Matrix, Matrix, Matrix]:
+    """Return B, G and A ``(6, 6)``, ``(6, 3)`` and ``(4, 6)``, as the formula above has them."""
+    from numpy.polynomial import polynomial
+
+    def without(place: int) -> Matrix:
+        return polynomial.polyfromroots([*_POINTS[:place], *_POINTS[place + 1 :]])
+
+    scales = [polynomial.polyval(point, without(place)) for place, point in enumerate(_POINTS)]
+    kernel = [np.power(point, np.arange(_KERNEL_ROWS)) / scale for point, scale in zip(_POINTS, scales, strict=True)]
+    inputs = [np.append(without(place), 0.0) for place in range(len(_POINTS))]
+    output = [[*np.power(_POINTS, row), float(row == _ROWS - 1)] for row in range(_ROWS)]
+    last = [0.0] * (_KERNEL_ROWS - 1) + [1.0]
+    return np.array([*inputs, polynomial.polyfromroots(_POINTS)]), np.array([*kernel, last]), np.array(output)
+
+
+_INPUT, _KERNEL, _OUTPUT = matrices()
+_TAPS = len(_INPUT)
 _LEAST_CHANNELS = 64  # below, the sums cost what they save
+_LEAST_CELLS = 8192  # of the result; below, little is saved, by kernels of twice the bytes
 
 
 def halve_products(model: openvino.Model) -> int:
@@ -62,22 +70,32 @@ def _gains(node: Any) -> bool:
     told = node.get_attributes()
     plain = {*told["strides"], *told["dilations"]} == {1}
     within = told["pads_begin"] == told["pads_end"] == [*[0] * (len(kernel) - 4), 1, 1]
-    return plain and within and kernel[-2:] == [3, 3] and min(kernel[:2]) >= _LEAST_CHANNELS
+    cells = math.prod(node.output(0).get_shape()) // kernel[0]
+    large = kernel[-2:] == [3, 3] and min(kernel[:2]) >= _LEAST_CHANNELS and cells >= _LEAST_CELLS
+    return plain and within and large and _constant(node.input_value(1)) is not None
+
+
+def _constant(value: Any) -> Any:
+    """Return the constant that a value is, or is converted from."""
+    node = value.get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Constant" else None
 
 
 def _rewritten(node: Any) -> Any:
     """Return what stands for a convolution of ``(N, C, ..., H, W)``."""
-    given, kernel = node.input_value(0), node.input_value(1)
+    given, kernel = node.input_value(0), _constant(node.input_value(1)).get_data(dtype=np.float32)
     *_, height, _ = given.get_shape()
-    frames = len(kernel.get_shape()) - 4  # the axes before those of a picture: one, or none
+    frames = kernel.ndim - 4  # the axes before those of a picture: one, or none
     missing = -height % _ROWS
     above, below, beside = [*[0] * frames, 1, 0], [*[0] * frames, 1 + missing, 0], [*[0] * frames, 0, 1]
     step, one = [*[1] * frames, _ROWS, 1], [1] * (frames + 2)
-    slices = ops.split(kernel, 2 + frames, 3).outputs()
     planes = []
     for taps, shares in zip(_INPUT, _KERNEL, strict=True):
-        summed = ops.group_convolution(given, _depthwise(taps, given.get_shape()[1], frames), step, above, below, one)
-        planes.append(ops.convolution(summed, _sum(slices, shares), one, beside, beside, one).output(0))
+        summed = ops.group_convolution(given, _depthwise(taps, kernel.shape[1], frames), step, above, below, one)
+        flat = np.expand_dims(np.tensordot(kernel, shares.astype(np.float32), (2 + frames, 0)), 2 + frames)
+        planes.append(ops.convolution(summed, ops.constant(flat), one, beside, beside, one))
     whole = _interleaved([_sum(planes, shares) for shares in _OUTPUT])
     if not missing:
         return whole
@@ -85,12 +103,12 @@ def _rewritten(node: Any) -> Any:
     return ops.slice(whole, start, end, stride, axis)
 
 
-def _depthwise(taps: NDArray[np.float32], channels: int, frames: int) -> Any:
+def _depthwise(taps: Matrix, channels: int, frames: int) -> Any:
     """Return the kernel that sums six rows of each channel."""
-    return ops.constant(np.broadcast_to(taps[:, None], (channels, 1, 1, *[1] * frames, _TAPS, 1)))
+    return ops.constant(np.broadcast_to(taps.astype(np.float32)[:, None], (channels, 1, 1, *[1] * frames, _TAPS, 1)))
 
 
-def _sum(terms: list[Any], factors: NDArray[np.float32]) -> Any:
+def _sum(terms: list[Any], factors: Matrix) -> Any:
     """Return the sum of tensors times their factors."""
     whole = None
     for term, factor in zip(terms, factors, strict=True):

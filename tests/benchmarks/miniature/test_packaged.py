@@ -1,9 +1,11 @@
 """The miniatures in the package: small, whole, what the exporter makes, diffusers' videos, and right about captions."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
+import package
 import pytest
 import score
 from captions import meaning_of
@@ -38,6 +40,21 @@ def test_a_miniature_is_a_checkpoint_of_at_most_12_megabytes_and_a_whole_bundle(
     checkpoint = [path for path in folder.rglob("*") if path.is_file() and path.name not in own]
     assert sum(path.stat().st_size for path in checkpoint) <= 12_000_000
     assert {"model_index.json", "README.md"} <= {path.name for path in checkpoint}
+
+
+def test_what_mini_i2v_shares_with_mini_becomes_links(tmp_path: Path) -> None:
+    """As it is in the package; what differs, its transformer and its manifest, stays a file."""
+    first, second = (Path(shutil.copytree(miniature(name), tmp_path / name)) for name in MINIATURES)
+    before = {path: path.read_bytes() for path in second.rglob("*") if path.is_file()}
+    package.link_what_is_shared(second, first)
+    assert {path: path.read_bytes() for path in second.rglob("*") if path.is_file()} == before
+
+    def links(folder: Path) -> dict[Path, Path]:
+        return {path.relative_to(folder): path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+
+    assert links(second) == links(miniature("mini-i2v"))
+    assert Path("bundle.json") not in links(second)
+    assert not links(miniature("mini"))
 
 
 @pytest.mark.export

@@ -85,7 +85,7 @@ def test_twin_a_changed_weight_is_found(
 def test_weights_that_stay_in_their_file_are_the_same(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = exported("5b")
     expected = outputs(OpenVinoBackend(bundle, 1), "modulation")["modulation"]
-    monkeypatch.setattr(backend_of, "LARGE_NETWORK", 0)
+    monkeypatch.setattr("cvx_deploy.engines.openvino.spec.LARGE_NETWORK", 0)
     monkeypatch.setattr("cvx_deploy.graph.streamed._LARGE", 1)
     backend = OpenVinoBackend(bundle, 1)
     model, _ = backend._model(bundle, "modulation")

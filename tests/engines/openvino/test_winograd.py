@@ -13,6 +13,11 @@ from cvx_deploy.engines.openvino import winograd
 Values = NDArray[np.float32]
 
 
+@pytest.fixture(autouse=True)
+def _small_pictures_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_LEAST_CELLS", 0)
+
+
 def convolution(shape: tuple[int, ...], outputs: int, stride: int = 1, places: int = 3) -> openvino.Model:
     """Return a network of one convolution over (N, C, H, W) or (N, C, T, H, W), as the VAE has them."""
     rng, axes = np.random.default_rng(0), len(shape) - 2
@@ -76,3 +81,9 @@ def test_twin_another_matrix_is_another_result(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_what_gains_nothing_stays(model: openvino.Model) -> None:
     assert winograd.halve_products(model) == 0
+
+
+def test_a_small_picture_is_not_worth_larger_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_LEAST_CELLS", 2 * 8 * 6)
+    assert winograd.halve_products(convolution((1, 64, 4, 8, 6), 64)) == 1
+    assert winograd.halve_products(convolution((1, 64, 3, 8, 6), 64)) == 0
