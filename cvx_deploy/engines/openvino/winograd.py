@@ -59,6 +59,7 @@ def halve_products(model: openvino.Model) -> int:
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution" and _gains(node)]
     for node in found:
         result = _rewritten(node)
+        result.output(0).set_names(node.output(0).get_names())
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(result.output(0))
     return len(found)
