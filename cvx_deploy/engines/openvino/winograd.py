@@ -34,7 +34,7 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
     from numpy.polynomial import polynomial
 
     def without(place: int) -> Matrix:
-        return polynomial.polyfromroots([*_POINTS[:place], *_POINTS[place + 1 :]])
+        return np.asarray(polynomial.polyfromroots([*_POINTS[:place], *_POINTS[place + 1 :]]), np.float64)
 
     scales = [polynomial.polyval(point, without(place)) for place, point in enumerate(_POINTS)]
     kernel = [np.power(point, np.arange(_KERNEL_ROWS)) / scale for point, scale in zip(_POINTS, scales, strict=True)]
