@@ -13,7 +13,7 @@ QUOTED = re.compile(r'^\| "([^"]+)"', re.MULTILINE)
 
 def texts() -> Iterator[str]:
     """Yield every string of the sources, a form's holes as ``PATH``."""
-    for place in ("cvx_deploy", "exporters"):
+    for place in ("cvx_deploy", "exporters", "examples"):
         for path in sorted((ROOT / place).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

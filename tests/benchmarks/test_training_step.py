@@ -49,6 +49,27 @@ def test_a_step_of_two_blocks_holds_what_the_plan_says(way: Way, scripts: Any, m
     assert found.peak != pytest.approx(doubled.total, rel=PLANNED_MEMORY)
 
 
+def test_the_committed_counts_are_within_the_limit_of_the_plan(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin is a plan that takes each activation for two thirds of it, which some of them are too far from."""
+    results = json.loads(PLACE.with_suffix(".json").read_text(encoding="utf-8"))["results"]
+    lines = scripts.table(results)
+    assert PLACE.with_suffix(".md").read_text(encoding="utf-8").splitlines()[: len(lines)] == lines
+
+    def off() -> list[float]:
+        errors = []
+        for (name, blocks, size, way), row in zip(scripts.COUNTED, results["counted"], strict=True):
+            whole = Architecture.of_model(MODELS[name])
+            cut = replace(whole, transformer=replace(whole.transformer, layers=blocks))
+            errors.append(abs(scripts.planned(cut, Shape.parse(size), way) / row["bytes"] - 1))
+        return errors
+
+    assert max(off()) < PLANNED_MEMORY
+    for name in ("_KEPT", "_KEPT_TOP", "_RECOMPUTED"):
+        less = {method: value * 2 / 3 for method, value in getattr(training, name).items()}
+        monkeypatch.setattr(training, name, less)
+    assert max(off()) > PLANNED_MEMORY
+
+
 def test_storages_are_counted_while_they_live_and_views_once(scripts: Any) -> None:
     from training_bytes import Storages
 

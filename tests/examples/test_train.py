@@ -1,5 +1,6 @@
 """Training: its loss is v-prediction's, it goes on to the bit where it was cut off, and what it leaves is exported."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import train as script
 from accelerate import Accelerator
+from dataset import exit_with
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from objective import Batch, CacheError, Objective, Prepared, rotary
 from safetensors.torch import load_file
@@ -79,6 +81,22 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(tiny: Tiny, tiny_cache: C
     name = "pytorch_lora_weights.safetensors"
     left, right = (load_file(run.exported / name) for run in (whole, resumed))
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_the_8_bit_optimizer_goes_on_to_the_bit(tiny: Tiny, tiny_cache: Cache, tmp_path: Path) -> None:
+    """The twin is the whole optimizer, which ends with other weights; states of fewer than 4096 weights stay whole."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    how = replace(SHORT, method="full", eight_bit=True)
+    whole = train(tiny("5b"), tiny_cache("5b"), tmp_path / "whole", how)
+    states = whole.optimizer.state.values()
+    assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
+    for _ in range(2):
+        with pytest.raises(CutOffError):
+            train(tiny("5b"), tiny_cache("5b"), tmp_path / "cut", how, load=cut_off_at(1))
+    resumed = train(tiny("5b"), tiny_cache("5b"), tmp_path / "cut", how)
+    other = train(tiny("5b"), tiny_cache("5b"), tmp_path / "other", replace(how, eight_bit=False))
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert not all(map(torch.equal, weights(whole), weights(other)))
 
 
 def test_all_weights_are_trained_and_saved_for_the_export(tiny: Tiny, tiny_cache: Cache, tmp_path: Path) -> None:
@@ -151,6 +169,35 @@ def test_validation_needs_prompts_an_interval_and_for_image_to_video_an_image(
         Validation(tmp_path, 1, ("a",), image=tmp_path / "none.png")
     with pytest.raises(MediaError, match="name one with --image"):
         train(tiny("5b-i2v"), tiny_cache("5b-i2v"), tmp_path / "run", SHORT, Validation(tiny("5b-i2v"), 1, ("a",)))
+
+
+def test_a_cache_that_names_no_clip_is_refused(tiny_cache: Cache, tmp_path: Path) -> None:
+    index = json.loads((tiny_cache("5b") / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"clips": []}))
+    with pytest.raises(CacheError, match="names no clip"):
+        Prepared(tmp_path)
+
+
+def test_the_script_tells_what_does_not_fit_the_gpu_and_what_videos_want(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(script, "train", full)
+    words = ["train.py", "--checkpoint", "a", "--cache", "b", "--output", "c"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        exit_with(script.main)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(
+        "error: the GPU has not enough memory for this. fix: checkpoint gradients"
+    )
+    monkeypatch.setattr("sys.argv", [*words, "--prompt", "a red ball"])
+    with pytest.raises(SystemExit) as ended:
+        exit_with(script.main)
+    assert ended.value.code == 2
+    assert "give --validate-every as well" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_saved(
