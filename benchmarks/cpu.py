@@ -96,12 +96,20 @@ PEERS: dict[str, Ours | Eager] = {
     "openvino-bf16": Ours("openvino", "bf16"),
     "onnxruntime-int8": Ours("onnxruntime", "int8/fp32"),
     "onnxruntime-int8-guarded": Ours("onnxruntime", "int8/fp32", guarded=True),
+    "onnxruntime-int8wo": Ours("onnxruntime", "int8wo/fp32"),
     "openvino-int8": Ours("openvino", "int8/fp32"),
+    "openvino-int8-bf16": Ours("openvino", "int8/bf16"),
+    "openvino-int8wo": Ours("openvino", "int8wo/fp32"),
+    "openvino-int8wo-bf16": Ours("openvino", "int8wo/bf16"),
 }
 PAIRS = (
     ("onnxruntime-int8", "onnxruntime-fp32"),
     ("onnxruntime-int8", "onnxruntime-int8-guarded"),
     ("openvino-int8", "openvino-fp32"),
+    ("openvino-int8-bf16", "openvino-bf16"),
+    ("openvino-int8wo-bf16", "openvino-bf16"),
+    ("openvino-bf16", "eager-bf16"),
+    ("openvino-int8-bf16", "eager-bf16"),
     ("onnxruntime-fp32", "onnxruntime-plain-fp32"),
     ("openvino-fp32", "openvino-plain-fp32"),
 )
@@ -153,7 +161,7 @@ def make_bundle(work: Path, case: Case, peer: Ours) -> Bundle:
     precision = peer.precision.replace("/", "-")
     place = work / f"{case.shape}-{precision}{'-plain' if peer.rewrites == () else ''}"
     if not place.exists():
-        table = make_table(work) if peer.precision.startswith("int8") else None
+        table = make_table(work) if peer.precision.startswith("int8/") else None
         request = ExportRequest(
             "5b",
             make_checkpoint(work),
@@ -259,9 +267,13 @@ def fits(peer: str, case: Case) -> bool:
 
     if "guarded" in peer and overflows_in_int8():
         return False  # the other is guarded, too
+    if "bf16" in peer and "bf16" not in precisions():
+        return False
+    if "int8wo" in peer:
+        return case.role in ("transformer", "text_encoder")
     if "int8" in peer:
         return case.role == "transformer" and not (peer.startswith("openvino") and overflows_in_int8())
-    return "bf16" not in peer or "bf16" in precisions()
+    return True
 
 
 def measure(work: Path, name: str, peers: Sequence[str], runs: int) -> dict[str, Timing]:

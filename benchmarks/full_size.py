@@ -24,13 +24,20 @@ PROGRAM = (sys.executable, "-m", "cvx_deploy")
 SMALL, FIRST, SECOND = "9x96x128", "9x240x368", "17x320x480"
 STEPS = 2
 VIDEOS = (
-    *((engine, precision, FIRST) for engine in ("openvino", "onnxruntime") for precision in ("int8wo", "int4wo")),
+    *(
+        (engine, precision, FIRST)
+        for engine in ("openvino", "onnxruntime")
+        for precision in ("int8", "int8wo", "int4wo")
+    ),
     ("onnxruntime", "fp32", FIRST),
     ("eager", "bf16 weights, layers converted to fp32", FIRST),
     ("openvino", "int8wo", SECOND),
     ("onnxruntime", "int8wo", SECOND),
 )
-DEPTHS = (*(("onnxruntime", precision) for precision in ("fp32", "int8wo", "int4wo")), ("openvino", "int8wo"))
+DEPTHS = (
+    *(("onnxruntime", precision) for precision in ("fp32", "int8wo", "int4wo")),
+    *(("openvino", precision) for precision in ("int8wo", "int8")),
+)
 
 
 def checkpoint(work: Path, model: str) -> Path:
@@ -41,6 +48,16 @@ def checkpoint(work: Path, model: str) -> Path:
     return place
 
 
+def table(work: Path, model: str) -> Path:
+    """Return a table of its activations, observed at a small size unless it is there: what int8 rounds them by."""
+    place = work / f"{model}-random.calibration.safetensors"
+    if not place.exists():
+        words = ["--model", f"{model}-random", "--checkpoint", checkpoint(work, model), "--shape", SMALL]
+        words += ["--num-prompts", 1, "--steps", 3, "--guidance-scale", 1, "--compute", "fp32"]
+        program("quantize", *words, "--output", place)
+    return place
+
+
 def bundle(work: Path, model: str, precision: str) -> Path:
     """Return its bundle in a precision, exported unless it is there."""
     place = work / f"{model}-{precision}"
@@ -48,6 +65,8 @@ def bundle(work: Path, model: str, precision: str) -> Path:
         whole = precision if precision == "fp32" else f"{precision}/fp32"
         sizes = [word for shape in (FIRST, SECOND, SMALL) for word in ("--shape", shape)]
         words = ["--model", f"{model}-random", "--checkpoint", checkpoint(work, model), "--precision", whole, *sizes]
+        if precision == "int8":
+            words += ["--calibration", table(work, model), "--calibration-any-shape"]
         program("export", *words, "--output", place)
     return place
 
@@ -86,8 +105,8 @@ def parts(work: Path, model: str) -> dict[str, Any]:
     return found
 
 
-def table(results: dict[str, Any]) -> Iterator[str]:
-    """Lay the results out, as lines of Markdown."""
+def lines(results: dict[str, Any]) -> Iterator[str]:
+    """Lay the results out in Markdown."""
     yield from ("# A whole model of full size on a CPU", "", f"Random weights, {STEPS} steps, no guidance, seed 7.", "")
     yield from ("Whole videos, one run each; memory is what the system cannot drop, mapped weights left out:", "")
     stages = "text encoder | transformer, loading | its steps | VAE | whole"
@@ -157,7 +176,7 @@ def main() -> None:
         results["parts"][name] = known[name]() | {"note": arguments.note}
         results["parts"] = {each: results["parts"][each] for each in known if each in results["parts"]}
         write(
-            arguments.output, conditions(("onnxruntime", "openvino", "torch", "diffusers"), ""), results, table(results)
+            arguments.output, conditions(("onnxruntime", "openvino", "torch", "diffusers"), ""), results, lines(results)
         )
 
 

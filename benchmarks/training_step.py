@@ -1,44 +1,73 @@
-"""One training step of a checkpoint's transformer: seconds of the CPU and peak memory, of LoRA and of all weights.
+"""What a training step takes, measured and counted, beside what `cvx-deploy plan --train` says of it.
 
-    python benchmarks/training_step.py --checkpoint DIR --shape 9x96x128 [--output FILE]
+    python benchmarks/training_step.py --work DIR [--output benchmarks/results/training_step]
 
-The checkpoint is best one of the real width and few blocks, such as `cvx-deploy synth --like 5b --scale wide` writes.
-The steps are those of examples/finetune on random latents. Every way runs in a process of its own.
+Measured are two steps of the published 5b width in two blocks, random latents, on the CPU; every way has a process of
+its own, and its memory is the growth of the largest resident set over what the imports took. Counted are whole
+published models, of fake tensors (`training_bytes.py`). What is done is kept in DIR, and the command goes on where it
+was stopped.
 """
 
 import argparse
 import json
 import multiprocessing
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from architecture import architecture_of
 from diffusers import CogVideoXDDIMScheduler
+from report import conditions, write
 
-from cvx_deploy.measure.conditions import conditions
+from cvx_deploy.estimate.training import Way, training_needs
+from cvx_deploy.exporters.sources.synth_configs import transformer_config
+from cvx_deploy.families.cogvideox.architecture import Architecture
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetune"))
-from objective import Batch, Objective
+from objective import Objective
 from state import Training
 from train import make_trainable, new_optimizer, transformer_of
+from training_bytes import counted, random_batch, take_step
 
-WAYS = {
-    "lora": Training(precision="bf16", checkpointing=True),
-    "lora, activations kept": Training(precision="bf16"),
-    "full": Training(method="full", precision="bf16", checkpointing=True),
-}
+RANK = 64
+MEASURED = (
+    ("9x96x128", Way("lora")),
+    ("9x96x128", Way("lora", checkpointing=False)),
+    ("9x96x128", Way("full")),
+    ("9x96x128", Way("full", eight_bit=True)),
+    ("17x192x256", Way("lora")),
+)
+COUNTED = (
+    ("5b", Way("lora")),
+    ("5b", Way("lora", checkpointing=False)),
+    ("5b", Way("full")),
+    ("5b", Way("full", checkpointing=False)),
+    ("2b", Way("lora")),
+    ("2b", Way("full")),
+    ("1.5-5b-i2v", Way("lora")),
+)
+Row = dict[str, Any]
 
 
-def measured(checkpoint: Path, shape: Shape, way: str) -> dict[str, Any]:
-    """Return what two steps of a way take; the second one is timed."""
-    how, held = WAYS[way], _peak()
-    dtype = torch.bfloat16 if how.method == "lora" else torch.float32
-    transformer = transformer_of(checkpoint, dtype)
-    stored = sum(p.numel() for p in transformer.parameters())
+def training(way: Way) -> Training:
+    """Return the settings of train.py for a way."""
+    return Training(
+        method=way.method, precision="bf16", checkpointing=way.checkpointing, eight_bit=way.eight_bit, rank=RANK
+    )
+
+
+def measured(checkpoint: Path, shape: Shape, way: Way, file: Path) -> None:
+    """Take two steps, and write what they took to a file; the second one is timed, by the CPU."""
+    how, began_with = training(way), _peak()
+    transformer = transformer_of(checkpoint, torch.bfloat16 if how.method == "lora" else torch.float32)
+    transformer.train()
     parameters = make_trainable(transformer, how)
     optimizer = new_optimizer(parameters, how)
     scheduler = CogVideoXDDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
@@ -46,57 +75,98 @@ def measured(checkpoint: Path, shape: Shape, way: str) -> dict[str, Any]:
     batch, seconds = random_batch(transformer.config, shape), 0.0
     for _ in range(2):
         began = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = objective.loss(transformer, transformer, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(objective, transformer, optimizer, batch, how)
         seconds = time.process_time() - began
-    trained = sum(p.numel() for p in parameters)
-    return {
-        "parameters": stored,
-        "trained": trained,
-        "tokens": 226 + batch.latents[0, :, 0].numel() // transformer.config.patch_size**2,
-        "cpu_seconds": round(seconds, 2),
-        "peak_bytes": _peak() - held,
-        "least_bytes": stored * dtype.itemsize + trained * (4 * 3 if how.method == "full" else 4 * 4),
-    }
+    found = {"bytes": _peak() - began_with, "cpu_seconds": round(seconds, 1)}
+    file.write_text(json.dumps(found))
 
 
 def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def random_batch(config: Any, shape: Shape) -> Batch:
-    """Return one clip's latents of a shape, of random numbers."""
-    latents = torch.randn(1, -(-shape.frames // 4), config.out_channels, shape.height // 8, shape.width // 8)
-    prompts = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
-    return Batch(latents, torch.randn_like(latents), None, prompts, prompts, torch.tensor([500]))
+def planned(architecture: Architecture, shape: Shape, way: Way) -> int:
+    """Return the bytes that the plan says, without those of CUDA."""
+    return training_needs(architecture, shape, way, RANK).total
 
 
-def _into(results: Any, checkpoint: Path, shape: Shape, way: str) -> None:
-    results[way] = measured(checkpoint, shape, way)
+def measured_rows(work: Path) -> Iterator[Row]:
+    """Yield what every way of `MEASURED` took."""
+    checkpoint = work / "5b-wide"
+    if not checkpoint.exists():
+        words = ("synth", "--like", "5b", "--scale", "wide", "--output", str(checkpoint), "--quiet")
+        subprocess.run([sys.executable, "-m", "cvx_deploy", *words], check=True)
+    architecture = architecture_of(checkpoint)
+    for name, way in MEASURED:
+        shape = Shape.parse(name)
+        found = _kept(work / f"measured {name} {way}.json", measured, checkpoint, shape, way)
+        yield _row("5b, 2 blocks", architecture, shape, way) | found
+
+
+def counted_rows(work: Path) -> Iterator[Row]:
+    """Yield what every way of `COUNTED` holds."""
+    for name, way in COUNTED:
+        model = MODELS[name]
+        shape = Shape(model.frames, model.height, model.width)
+        found = _kept(work / f"counted {name} {way}.json", _count, name, shape, way)
+        yield _row(name, Architecture.of_model(model), shape, way) | found
+
+
+def _count(name: str, shape: Shape, way: Way, file: Path) -> None:
+    found = counted(dict(transformer_config(MODELS[name], "full")), shape, training(way))
+    file.write_text(json.dumps({"bytes": found.peak, "between_steps": found.held}))
+
+
+def _kept(file: Path, run: Callable[..., None], *given: Any) -> Row:
+    """Return what is in a file, which a process of its own writes unless it is there."""
+    if not file.exists():
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(*given, file))
+        process.start()
+        process.join()
+        print(file.stem, file.read_text(), flush=True)
+    found: Row = json.loads(file.read_text())
+    return found
+
+
+def _row(model: str, architecture: Architecture, shape: Shape, way: Way) -> Row:
+    return {
+        "model": model,
+        "shape": str(shape),
+        "way": str(way),
+        "tokens": architecture.tokens(shape),
+        "planned": planned(architecture, shape, way),
+    }
+
+
+def table(results: dict[str, list[Row]]) -> list[str]:
+    """Return the page's lines: both tables."""
+    head = "| model | shape | tokens | method | {} | planned | |"
+    lines = ["# What a training step takes", "", "Measured on a CPU, resident memory of two steps:", ""]
+    lines += [head.format("measured") + " CPU seconds of a step |", "| --- " * 8 + "|"]
+    lines += [_line(row) + f" {row['cpu_seconds']} |" for row in results["measured"]]
+    lines += ["", "Counted on fake tensors, every storage of two steps, kernels' workspace left out:", ""]
+    lines += [head.format("counted"), "| --- " * 7 + "|", *map(_line, results["counted"])]
+    return lines
+
+
+def _line(row: Row) -> str:
+    error = row["planned"] / row["bytes"] - 1
+    sizes = f"{row['bytes'] / 1e9:.2f} GB | {row['planned'] / 1e9:.2f} GB | {error:+.0%}"
+    return f"| {row['model']} | {row['shape']} | {row['tokens']:,} | {row['way']} | {sizes} |"
 
 
 def main() -> None:
-    """Read the command line, measure, and print."""
+    """Read the command line, measure, count, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder in diffusers layout")
-    parser.add_argument("--shape", type=Shape.parse, required=True, help="such as 9x96x128")
-    parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
-    arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        for way in WAYS:
-            process = context.Process(target=_into, args=(results, arguments.checkpoint, arguments.shape, way))
-            process.start()
-            process.join()
-            print(way, results.get(way), flush=True)
-        found = {"shape": str(arguments.shape), "seed": "random latents", "ways": dict(results)}
-    if arguments.output:
-        said = conditions(("torch", "diffusers", "peft", "accelerate"), "other work on the same cores", **found)
-        arguments.output.write_text(json.dumps(said, indent=2) + "\n")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and of what is done")
+    default = Path(__file__).parent / "results" / "training_step"
+    parser.add_argument("--output", type=Path, default=default, help="page and JSON, without a suffix")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    tools = ("torch", "diffusers", "peft", "accelerate", "bitsandbytes")
+    said = conditions(tools, "other work on the same cores", rank=RANK, seed="random weights and latents")
+    results = {"measured": list(measured_rows(given.work)), "counted": list(counted_rows(given.work))}
+    write(given.output, said, {"results": results}, table(results))
 
 
 if __name__ == "__main__":

@@ -47,3 +47,8 @@ order, through two steps of a network."""
 
 LOOP_PSNR = 30.0
 """Least PSNR in dB of a loop's last frame and its first, and of one loop decoded from two beginnings."""
+
+PROCESSES_RELATIVE = 2e-3
+"""Largest difference of an adapter that two processes trained from that of one, over its largest value: gradients are
+summed in another order, and Adam, which divides by their size, makes steps of what rounding left of the smallest; 2e-4
+were seen after 6 steps at 1e-2."""

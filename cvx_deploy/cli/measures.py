@@ -180,6 +180,8 @@ def _compared(files: tuple[Path, ...], fail: bool) -> Result:
 @sizes("A video size, such as 49x480x720.", "the model's", several=False)
 @click.option("--steps", type=STEPS, default=50, show_default=True, help="Denoising steps of a video.")
 @click.option("--no-guidance", is_flag=True, help="One sample per step instead of two, as with --guidance-scale 1.")
+@click.option("--train", is_flag=True, help="Tell what training takes instead, by examples/finetune.")
+@click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the adapters, with --train. Default: 64.")
 @ENGINES_DIR
 @reporting
 def plan(
@@ -192,6 +194,8 @@ def plan(
     width: int | None,
     steps: int,
     no_guidance: bool,
+    train: bool,
+    rank: int | None,
     engines_dir: Path,
     progress: Progress,
 ) -> Result:
@@ -204,13 +208,23 @@ def plan(
     Examples:
       cvx-deploy plan --model 5b --vram 12GB
       cvx-deploy plan --model 2b --gpu rtx4090 --frames 25 --json
+      cvx-deploy plan --model 5b --train --vram 80GB
     """
+    if rank is not None and not train:
+        raise click.UsageError("--rank goes with --train")
+    if no_guidance and train:
+        raise click.UsageError("--no-guidance is of a run, and says nothing of training")
     from cvx_deploy.engines.gpus import gpu_named
     from cvx_deploy.estimate.compiled import step_seconds
     from cvx_deploy.estimate.estimate import plan as plan_model
 
     named, known = None if gpu is None else gpu_named(gpu), MODELS[model]
     wanted = shape or Shape(frames or known.frames, height or known.height, width or known.width)
+    if train:
+        from cvx_deploy.estimate.training import training_plan
+
+        told = training_plan(known, wanted, rank or 64, vram or (named.memory if named else None))
+        return told.as_dict(), str(told)
     compiled = step_seconds(engines_dir / model, wanted, named, guided=not no_guidance) if named else {}
     found = plan_model(known, wanted, vram=vram, gpu=named, guided=not no_guidance, steps=steps, compiled=compiled)
     return found.as_dict(), str(found)

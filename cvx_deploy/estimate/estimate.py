@@ -24,7 +24,7 @@ from cvx_deploy.estimate.speed import Speed, speed
 from cvx_deploy.families.cogvideox.architecture import Architecture
 from cvx_deploy.families.cogvideox.models import Limits, Model
 from cvx_deploy.families.registry import FAMILIES
-from cvx_deploy.measure.units import size_text, time_text
+from cvx_deploy.measure.units import columns, size_text, time_text
 from cvx_deploy.shape import Shape
 
 _PHASES: Final[dict[str, tuple[NetworkName, ...]]] = {
@@ -145,13 +145,13 @@ class Estimate:
             "\nGPU memory: what there is of each, then each stage by itself, then everything at once; "
             f"stages and sums with {size_text(WORKSPACE)} that CUDA and its libraries are assumed to take"
         )
-        yield from _columns(list(self._memory_rows()))
+        yield from columns(list(self._memory_rows()))
         if self.gpu is not None:
             yield f"\nleast time on {self.gpu.name}, an estimate from below by its peaks and bandwidth:"
-            yield from _columns(list(self._time_rows()))
+            yield from columns(list(self._time_rows()))
         yield f"\nto fetch: {size_text(self.checkpoint)}; a bundle adds {size_text(_BUNDLE)}, the weights stay"
         yield "a build's host memory and its engines on disk:"
-        yield from _columns(list(self._build_rows()))
+        yield from columns(list(self._build_rows()))
         most = max(self.cpu, key=lambda name: self.cpu[name])
         yield f"\non a CPU with ONNX Runtime in fp32: {size_text(self.cpu[most])} at its peak, in {most}"
 
@@ -249,10 +249,3 @@ def _option(
         priced = Speed(priced.text_encoder, compiled[precision], priced.decode, "compiled plan")
     sizes = [needs[name].weights for name in NETWORKS]
     return Option(precision, needs, in_tiles, build_memory(max(sizes)), sum(sizes), priced)
-
-
-def _columns(rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *cells in rows:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        yield "  ".join([first.ljust(widths[0]), *padded]).rstrip()

@@ -11,6 +11,7 @@ from typing import Final
 
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.engines.onnxruntime.graphs import streams
+from cvx_deploy.engines.openvino.spec import streams as openvino_streams
 from cvx_deploy.engines.residency import phase
 from cvx_deploy.engines.spec import EngineName, Needed
 from cvx_deploy.estimate.memory import (
@@ -28,7 +29,7 @@ PROCESS: Final = 200 << 20
 """Bytes of the interpreter, of NumPy and of an engine's library."""
 _LARGE = 256 << 20
 """Bytes of weights below which nobody asks."""
-_OPENVINO_UNITS = {"transformer": 8.0, "vae": 11.0}
+_OPENVINO_UNITS = {"transformer": 8.0, "vae": 12.0}
 _OPENVINO_HELD = 1.1  # of weights that it multiplies as they are stored
 _OPENVINO_WIDENED = 2.1  # of weights it converts: those in the new type, and those arranged for its kernels
 _INT4_HELD = 2.1  # in ONNX Runtime, with the scales in float32
@@ -142,6 +143,9 @@ def _held_by_onnxruntime(bundle: Bundle, role: str, stored: _Stored) -> float:
 
 def _held_by_openvino(bundle: Bundle, role: str, stored: _Stored) -> float:
     wide = _WIDE[bundle.network(role).precision]
+    in_file = sum(values * size for values, size in stored)
+    if openvino_streams(role, math.ceil(in_file)):
+        return _OPENVINO_HELD * in_file
     embedding = max(stored, default=(0, 0.0)) if role == "text_encoder" else (0, 0.0)
     held = 0.0
     for values, size in stored:

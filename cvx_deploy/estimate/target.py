@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from cvx_deploy.engines.gpus import GPUS, GpuModel, gpu_named
+from cvx_deploy.engines.openvino.bf16 import bf16_speedup
 from cvx_deploy.errors import EngineError
 from cvx_deploy.estimate.estimate import plan
 from cvx_deploy.families.cogvideox.models import Model
-from cvx_deploy.measure.cpu import cpu_name, instructions
+from cvx_deploy.measure.cpu import cpu_name
 from cvx_deploy.measure.units import size_text
 from cvx_deploy.shape import Shape
 
 CPU: Final = "cpu"
-_BF16_ON_CPUS: Final = frozenset({"amx_bf16", "avx512_bf16"})
+_WORTH = 1.1  # times as fast, from which on bf16 is worth its rounding
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,20 @@ def precision_for(target: str, model: Model | None, shape: Shape | None, *, cali
 
 
 def _for_cpu(*, calibrated: bool) -> TargetPrecision:
-    if _BF16_ON_CPUS & set(instructions()):
+    gain = bf16_speedup()
+    eight = "products of 8 bits are the fastest on a CPU"
+    if gain >= _WORTH:
         return TargetPrecision(
             "transformer=bf16,text_encoder=int8wo/bf16,vae=bf16",
-            f"{cpu_name()} multiplies bf16, in which OpenVINO is fastest; the text encoder's weights in 8 bits",
+            f"here OpenVINO is {gain:.2g} times as fast in bf16 as in fp32; the text encoder's weights in 8 bits",
         )
+    slow = (
+        f"bf16 would take {1 / gain:.2g} times as long as fp32 on {cpu_name()}" if gain else f"{cpu_name()} has no bf16"
+    )
     if calibrated:
-        return TargetPrecision("int8/fp32", "with a table of activations, products of 8 bits are the fastest on a CPU")
+        return TargetPrecision("int8/fp32", f"{slow}; with a table of activations, {eight}")
     return TargetPrecision(
-        "int8wo/fp32",
-        f"{cpu_name()} has no bf16; weights of 8 bits take half the memory, and --calibration would make it faster",
+        "int8wo/fp32", f"{slow}; weights of 8 bits take half the memory, and --calibration would make it faster"
     )
 
 

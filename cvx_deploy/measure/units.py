@@ -1,4 +1,6 @@
-"""Bytes and seconds as people read them."""
+"""Bytes, seconds and tables as people read them."""
+
+from collections.abc import Iterator
 
 
 def size_text(count: float) -> str:
@@ -17,3 +19,11 @@ def time_text(time: float) -> str:
             return f"{time:.3g} {unit}"
         time *= 1000
     return f"{time:.3g} us"
+
+
+def columns(rows: list[list[str]]) -> Iterator[str]:
+    """Yield the lines of a table: the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *cells in rows:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *padded]).rstrip()

@@ -177,12 +177,15 @@ def open_bundle(name: str, engines: Path) -> Bundle:
 
 
 def exit_with(run: Callable[[], None]) -> NoReturn:
-    """Run, and exit: 0, or 1 with one line where it fails as stated."""
+    """Run, and exit: 0; 1 with one line where it fails as stated; 130 where it was interrupted."""
     try:
         run()
     except CvxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)
 
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cvx_deploy.errors import CvxError
+from cvx_deploy.errors import CheckpointError, CvxError
 from cvx_deploy.reading import read_whole, reading
 
 # Captions replaced by the empty one, so that guidance keeps its other branch.
@@ -76,31 +76,68 @@ class Prepared:
             self._image_scale = 1 / self._scale if index["invert_scale_latents"] else self._scale
             for clip in index["clips"]:
                 self.buckets[clip["shape"]].append(clip)
+        if not self.buckets:
+            raise CacheError(f"{folder / 'index.json'} names no clip", fix=fix)
 
-    def batch(self, size: int, seed: int, step: int, process: int = 0, *, drop_captions: bool = True) -> Batch:
-        """Draw a step's bucket, as likely as it has clips, and of it clips, captions, noise and timesteps."""
-        draw = random.Random(repr((seed, step, process)))
-        generator = torch.Generator().manual_seed(draw.getrandbits(48))
-        bucket = draw.choices(list(self.buckets.values()), [len(clips) for clips in self.buckets.values()])[0]
-        clips = [draw.choice(bucket) for _ in range(size)]
-        latents = torch.stack([self._drawn(clip["latents"], generator) for clip in clips]) * self._scale
-        dropped = [drop_captions and draw.random() < _DROP_CAPTION for _ in clips]
-        names = [self._empty if drop else clip["prompt"] for clip, drop in zip(clips, dropped, strict=True)]
-        return Batch(
-            latents=latents,
-            noise=torch.randn(latents.shape, generator=generator),
-            images=self._images(clips, latents, generator) if self.task == "image-to-video" else None,
-            prompts=torch.stack([self._prompt(name) for name in names]),
-            empty=self._prompt(self._empty)[None],
-            # One from each of `size` equal parts of the schedule: less noise in the loss than independent draws.
-            timesteps=torch.tensor([int((k + draw.random()) / size * 1000) for k in draw.sample(range(size), size)]),
+    def check_fits(self, checkpoint: Path, config: Any) -> None:
+        """Raise CacheError where this was prepared for another model than a checkpoint's.
+
+        Args:
+            checkpoint: The folder.
+            config: Its transformer's.
+        """
+        task = "image-to-video" if config.in_channels == 2 * config.out_channels else "text-to-video"
+        fix = (
+            "run examples/finetune/prepare.py with a bundle that was exported from this checkpoint, into another folder"
         )
+        if self.task != task:
+            raise CacheError(f"the cache is for {self.task}, and the checkpoint makes videos {task}", fix=fix)
+        place = checkpoint / "vae" / "config.json"
+        with reading(place, CheckpointError, fix="name a checkpoint in diffusers layout"):
+            scale = float(json.loads(place.read_bytes())["scaling_factor"])
+        clip = next(iter(self.buckets.values()))[0]
+        channels, width = self._load(clip["latents"])["mean"].shape[1], self._prompt(clip["prompt"]).shape[1]
+        if (self._scale, channels, width) != (scale, config.out_channels, config.text_embed_dim):
+            raise CacheError(f"{self._folder} is of another model than {checkpoint}", fix=fix)
 
-    def _images(self, clips: list[dict[str, str]], latents: Tensor, generator: torch.Generator) -> Tensor:
-        images = torch.zeros_like(latents)
-        first = torch.stack([self._drawn(clip["image"], generator) for clip in clips])
-        images[:, :1] = first * self._image_scale
-        return images
+    def batch(
+        self, size: int, seed: int, step: int, process: int = 0, processes: int = 1, *, drop_captions: bool = True
+    ) -> Batch:
+        """Draw a process's part of a step: a bucket, as likely as it has clips, then of every example all that is its.
+
+        An example's draws follow from its place in the step alone, so that two processes see what one with twice the
+        batch sees.
+        """
+        draw = random.Random(repr((seed, step)))
+        bucket = draw.choices(list(self.buckets.values()), [len(clips) for clips in self.buckets.values()])[0]
+        total = size * processes
+        # One timestep from each of `total` equal parts of the schedule: less noise in the loss than independent draws.
+        parts = draw.sample(range(total), total)
+        examples = [
+            self._example(bucket, random.Random(repr((seed, step, place))), (parts[place], total), drop_captions)
+            for place in range(process * size, (process + 1) * size)
+        ]
+        stacked: dict[str, Any] = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        return Batch(**{"images": None, **stacked}, empty=self._prompt(self._empty)[None])
+
+    def _example(
+        self, bucket: list[dict[str, str]], draw: random.Random, part: tuple[int, int], drop: bool
+    ) -> dict[str, Tensor]:
+        """Draw one clip of a bucket, its noise, and a timestep from the first of that many parts of the schedule."""
+        generator = torch.Generator().manual_seed(draw.getrandbits(48))
+        clip = draw.choice(bucket)
+        latents = self._drawn(clip["latents"], generator) * self._scale
+        dropped = drop and draw.random() < _DROP_CAPTION
+        drawn = {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "prompts": self._prompt(self._empty if dropped else clip["prompt"]),
+            "timesteps": torch.tensor(int((part[0] + draw.random()) / part[1] * 1000)),
+        }
+        if self.task == "image-to-video":
+            drawn["images"] = torch.zeros_like(latents)
+            drawn["images"][:1] = self._drawn(clip["image"], generator) * self._image_scale
+        return drawn
 
     def _drawn(self, name: str, generator: torch.Generator) -> Tensor:
         stored = self._load(name)

@@ -1,5 +1,7 @@
 """How a run trains, and what of it lies on the disk: all that it needs to go on, and what the export reads."""
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,7 +30,7 @@ class Training:
     Attributes:
         method: Adapters of the attentions and feed-forward layers, or all weights.
         steps: Steps in all; the learning rate warms up, holds, and falls to zero over the last fifth.
-        batch: Clips a step and process.
+        batch: Clips a step and process; with two processes, half of it gives the same weights.
         rank: Of the adapters.
         ema: How much of the averaged weights stays at each step; they are what is exported then.
         min_snr: See `objective.Objective`; `guidance` likewise.
@@ -52,6 +54,17 @@ class Training:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.rank, self.save_every) < 1:
             raise CvxError("steps, batch, rank and steps between saves are 1 at the least", fix="raise what is less")
+        if not 0 <= self.seed < 2**63:
+            raise CvxError(f"{self.seed} is no seed", fix="choose one from 0 to 2**63 - 1")
+        rates = [rate for rate in (self.learning_rate, self.min_snr) if rate is not None]
+        if not all(0 < rate < math.inf for rate in rates):
+            raise CvxError("the learning rate and gamma of min-SNR are above 0", fix="try 1e-4, and 5")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise CvxError(f"a decay of {self.ema} averages nothing", fix="try 0.999")
+        if self.guidance is not None and not 1 < self.guidance < math.inf:
+            raise CvxError(
+                f"there is no guidance to distil at scale {self.guidance:g}", fix="name one above 1, such as 6"
+            )
         if self.guidance is not None and self.method != "lora":
             raise CvxError(
                 "guidance is distilled into a LoRA: its teacher is the same network without it",
@@ -71,7 +84,7 @@ class Run:
 
     Attributes:
         output: Its folder.
-        how: What it was begun with; another is refused.
+        how: What it was begun with; another is refused. `processes` likewise.
         parameters: What is trained.
         ema: Their average, if any.
         step: Steps done.
@@ -79,6 +92,7 @@ class Run:
 
     output: Path
     how: Training
+    processes: int
     transformer: CogVideoXTransformer3DModel
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -99,6 +113,11 @@ class Run:
             saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
             if saved["how"] != asdict(self.how):
                 raise CacheError(f"{path} is of a run with other settings", fix="choose another output folder")
+            if saved["processes"] != self.processes:
+                raise CacheError(
+                    f"{path} is of a run of {saved['processes']} processes, and here are {self.processes}",
+                    fix="start as many, or choose another output folder",
+                )
             for parameter, value in zip(self.parameters, saved["parameters"], strict=True):
                 parameter.data.copy_(value)
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -106,10 +125,16 @@ class Run:
                 self.ema.load_state_dict(saved["ema"])
             self.step = saved["step"]
 
+    def save_settings(self) -> None:
+        """Write what the run was begun with, for its reader."""
+        with staged_file(self.output / "settings.json") as path:
+            path.write_text(json.dumps(asdict(self.how), indent=1) + "\n", encoding="utf-8")
+
     def save(self) -> None:
         """Write the state and the weights that are exported, each whole or not at all."""
         state = {
             "how": asdict(self.how),
+            "processes": self.processes,
             "step": self.step,
             "parameters": [parameter.detach().cpu() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),

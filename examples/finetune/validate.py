@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvx_deploy import Pipeline
-from cvx_deploy.errors import PromptError
+from cvx_deploy.errors import CvxError, PromptError
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+from cvx_deploy.media.read import load_image
 from cvx_deploy.pipeline.request import RunRequest
 from cvx_deploy.shape import Shape
 
@@ -35,7 +36,11 @@ class Validation:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise PromptError("there are no prompts to validate with", fix="name at least one")
+            raise PromptError("there are no prompts to validate with", fix="name at least one with --prompt")
+        if self.every < 1:
+            raise CvxError(f"every {self.every} steps is never", fix="choose 1 or more")
+        if self.image is not None:
+            load_image(self.image, 16, 16)
 
 
 def bundle_of(checkpoint: Path, trained: Path, method: str, output: Path, shapes: Sequence[Shape] = ()) -> None:

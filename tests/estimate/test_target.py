@@ -41,13 +41,18 @@ def test_every_choice_is_a_precision_and_says_why() -> None:
         assert found.why
 
 
-def test_a_cpu_gets_what_it_has_instructions_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "instructions", lambda: ["avx2", "amx_bf16"])
+def test_a_cpu_gets_bf16_where_it_is_faster_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "bf16_speedup", lambda: 3.0)
     recipe = Recipe.parse(chosen("cpu"), "bf16")
     assert (recipe.transformer.compute, recipe.text_encoder.scheme) == ("bf16", "int8wo")
-    monkeypatch.setattr(target, "instructions", lambda: ["avx2"])
+
+
+@pytest.mark.parametrize(("gain", "why"), [(0.6, "1.7 times as long"), (0.0, "has no bf16")])
+def test_twin_elsewhere_it_gets_fp32(monkeypatch: pytest.MonkeyPatch, gain: float, why: str) -> None:
+    monkeypatch.setattr(target, "bf16_speedup", lambda: gain)
     assert chosen("cpu") == "int8wo/fp32"
     assert chosen("cpu", calibrated=True) == "int8/fp32"
+    assert why in precision_for("cpu", None, None, calibrated=False).why
 
 
 def test_a_gpu_that_nobody_knows_is_refused_with_those_that_are_close() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import train as script
+from accelerate import Accelerator
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from objective import Batch, CacheError, Objective, Prepared, rotary
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from state import Run, Training
 from train import train
 from validate import Validation
 
-from cvx_deploy.errors import CheckpointError, CvxError
+from cvx_deploy.errors import CheckpointError, CvxError, MediaError, OutputError, PromptError
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.lora import read_adapters
 from cvx_deploy.families.cogvideox.models import MODELS
@@ -95,10 +96,16 @@ def test_adapters_train_on_weights_in_bfloat16(tiny: Tiny, tiny_cache: Cache, tm
     assert (kinds, {p.dtype for p in run.parameters}) == ({torch.bfloat16}, {torch.float32})
 
 
-def test_settings_cache_and_state_that_do_not_fit_are_refused(tiny: Tiny, tiny_cache: Cache, tmp_path: Path) -> None:
+def test_settings_cache_and_state_that_do_not_fit_are_refused(
+    tiny: Tiny, tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=1))
     with pytest.raises(CacheError, match="other settings"):
         train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=2))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(CacheError, match=r"of a run of 1 processes, and here are 2. fix: start as many"):
+        train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=1))
+    monkeypatch.undo()
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(CacheError, match=r"state\.pt is damaged"):
         train(tiny("5b"), tiny_cache("5b"), tmp_path, replace(SHORT, steps=1))
@@ -106,12 +113,60 @@ def test_settings_cache_and_state_that_do_not_fit_are_refused(tiny: Tiny, tiny_c
         train(tiny("5b"), tiny_cache("5b-i2v"), tmp_path / "new", SHORT)
     with pytest.raises(CacheError, match=r"index\.json"):
         Prepared(tmp_path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="no transformer in"):
         train(tmp_path, tiny_cache("5b"), tmp_path / "new", SHORT)
-    with pytest.raises(CvxError, match="distilled into a LoRA"):
-        Training(method="full", guidance=6.0)
-    with pytest.raises(CvxError, match="1 at the least"):
-        Training(rank=0)
+    with pytest.raises(CacheError, match="of another model"):
+        train(tiny("5b"), tiny_cache("2b"), tmp_path / "new", SHORT)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        train(tiny("5b"), tiny_cache("5b"), tmp_path / "file" / "run", SHORT)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rank": 0}, "1 at the least"),
+        ({"seed": 2**63}, "is no seed"),
+        ({"learning_rate": float("nan")}, "above 0"),
+        ({"min_snr": 0.0}, "above 0"),
+        ({"ema": 1.0}, "averages nothing"),
+        ({"guidance": 1.0}, "no guidance to distil at scale 1"),
+        ({"method": "full", "guidance": 6.0}, "distilled into a LoRA"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(CvxError, match=told):
+        Training(**settings)
+
+
+def test_validation_needs_prompts_an_interval_and_for_image_to_video_an_image(
+    tiny: Tiny, tiny_cache: Cache, tmp_path: Path
+) -> None:
+    with pytest.raises(PromptError, match="--prompt"):
+        Validation(tmp_path, 1, ())
+    with pytest.raises(CvxError, match="choose 1 or more"):
+        Validation(tmp_path, 0, ("a",))
+    with pytest.raises(MediaError, match="no such file"):
+        Validation(tmp_path, 1, ("a",), image=tmp_path / "none.png")
+    with pytest.raises(MediaError, match="name one with --image"):
+        train(tiny("5b-i2v"), tiny_cache("5b-i2v"), tmp_path / "run", SHORT, Validation(tiny("5b-i2v"), 1, ("a",)))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_saved(
+    tiny: Tiny, tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin is the same run with a loss that is one, which overwrites what was saved."""
+    with pytest.raises(CutOffError):
+        train(tiny("5b"), tiny_cache("5b"), tmp_path, SHORT, load=cut_off_at(1))
+    saved = (tmp_path / "state.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "loss", lambda *_: torch.tensor(float("nan")))
+        with pytest.raises(script.TrainingError, match=r"the loss of step 1 is nan.*lower learning rate"):
+            train(tiny("5b"), tiny_cache("5b"), tmp_path, SHORT)
+    assert (tmp_path / "state.pt").read_bytes() == saved
+    train(tiny("5b"), tiny_cache("5b"), tmp_path, SHORT)
+    assert (tmp_path / "state.pt").read_bytes() != saved
 
 
 @pytest.mark.export
@@ -188,12 +243,23 @@ def test_rotary_tables_are_those_of_the_pipelines(model_name: str, tiny: Tiny) -
     assert not torch.equal(other[0][: len(found[0])], found[0]) or other[0].shape != found[0].shape
 
 
-def test_batches_follow_from_seed_step_and_process(tiny_cache: Cache) -> None:
+def test_batches_follow_from_seed_and_step(tiny_cache: Cache) -> None:
     prepared = Prepared(tiny_cache("5b-i2v"))
     batch, again = (prepared.batch(2, 0, 3) for _ in range(2))
     assert torch.equal(batch.latents, again.latents)
     assert torch.equal(batch.noise, again.noise)
     assert batch.images is not None
     assert batch.images[:, :1].abs().max() > 0 == batch.images[:, 1:].abs().max()
-    for seed, step, process in ((1, 3, 0), (0, 4, 0), (0, 3, 1)):
-        assert not torch.equal(prepared.batch(2, seed, step, process).noise, batch.noise)
+    for seed, step in ((1, 3), (0, 4)):
+        assert not torch.equal(prepared.batch(2, seed, step).noise, batch.noise)
+
+
+def test_processes_share_the_batch_of_one(tiny_cache: Cache) -> None:
+    """The twin is a process of another place, whose part is another."""
+    prepared = Prepared(tiny_cache("5b-i2v"))
+    whole = prepared.batch(4, 0, 3)
+    halves = [prepared.batch(2, 0, 3, process, 2) for process in range(2)]
+    for name in ("latents", "noise", "images", "prompts", "timesteps"):
+        parts = [getattr(half, name) for half in halves]
+        assert torch.equal(torch.cat(parts), getattr(whole, name))
+        assert not torch.equal(*parts)

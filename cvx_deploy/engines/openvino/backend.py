@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from cvx_deploy.bundle.opened import Bundle
 from cvx_deploy.bundle.schema import Network, numpy_dtype
 from cvx_deploy.engines.backend import refuse_bfloat16
+from cvx_deploy.engines.openvino.spec import streams
+from cvx_deploy.engines.openvino.winograd import halve_products
 from cvx_deploy.engines.residency import LoadedNetworks, Policy
 from cvx_deploy.engines.weights import mapped_weights
 from cvx_deploy.errors import EngineError
 from cvx_deploy.graph.bounded import bounded_graph
+from cvx_deploy.graph.streamed import stream_weights
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.precision import Precision
 from cvx_deploy.progress import Progress, SilentProgress
@@ -45,6 +48,10 @@ class OpenVinoSession:
             for out in compiled.outputs
         }  # a tensor can have other names besides
         self._request = compiled.create_infer_request()
+        for given in compiled.inputs:  # those that are streamed
+            if (stored := weights.get(given.any_name)) is not None:
+                tensor = openvino.Tensor(stored, given.get_shape(), given.get_element_type())
+                self._request.set_tensor(given, tensor)
 
     def close(self) -> None:
         """Free the network."""
@@ -142,6 +149,8 @@ class OpenVinoBackend(LoadedNetworks[OpenVinoSession]):
     def _compiled(self, model: openvino.Model, role: str, described: Network, sizes: dict[str, int]) -> Any:
         model.reshape({spec.name: list(spec.resolve(sizes)) for spec in described.inputs})
         precision: Precision = "fp32" if role in _EXACT else described.precision
+        if precision == "fp32":
+            halve_products(model)
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],  # by default it is bf16 wherever the CPU is fast in it
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # or it quantizes activations where the graph does not
@@ -160,12 +169,14 @@ class OpenVinoBackend(LoadedNetworks[OpenVinoSession]):
 
         _, proto = bounded_graph(bundle, role)
         weights = mapped_weights(bundle, bundle.network_name(role), proto.graph, self._progress)
+        large = streams(role, sum(each.nbytes for each in weights.values()))
+        streamed = {weight.name for weight in stream_weights(proto)} if large else set[str]()
         for stored in _take_external(proto.graph):
             proto.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))
         model = self._core.read_model(proto.SerializeToString())
         for parameter in model.get_parameters():
             stored_bytes = weights.get(parameter.output(0).any_name)
-            if stored_bytes is not None:
+            if stored_bytes is not None and not streamed.intersection(parameter.output(0).names):
                 parameter.output(0).replace(_constant(parameter, stored_bytes).output(0))
                 model.remove_parameter(parameter)
         return model, weights

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cvx_deploy.engines.spec import EngineOptions, EngineSpec, Needed, Probe
 from cvx_deploy.errors import EngineError
+from cvx_deploy.graph.streamed import LARGE_NETWORK
 from cvx_deploy.install import pip_install
 from cvx_deploy.measure.cpu import overflows_in_int8
 from cvx_deploy.progress import Progress
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from cvx_deploy.engines.openvino.backend import OpenVinoBackend
 
 _INSTALL = pip_install("openvino")
+
+
+def streams(role: str, weight_bytes: int) -> bool:
+    """Whether a network's weights stay in their file and are converted in each run; see `cvx_deploy.graph.streamed`.
+
+    A run of one token reads each weight once, while to arrange them all takes OpenVINO many times as long: a 5b's 84
+    products are loaded in 8 s and 6.5 GB otherwise, instead of 1.3 s and 1.7 GB, and a step's then take 0.2 s, not 0.5.
+    """
+    return role == "modulation" and weight_bytes >= LARGE_NETWORK
 
 
 @contextmanager

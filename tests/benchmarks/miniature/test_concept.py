@@ -1,6 +1,7 @@
 """The judge names the new colour, and short prompts train the same function as long ones."""
 
 import concept
+import finetuned
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_training_and_scoring_see_different_scenes_in_the_new_colour() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_short_prompts_give_the_same_v_with_the_weight_of_their_padding_alone(bias: bool) -> None:
-    load = concept.with_padding if bias else transformer_of
+    load = finetuned.with_padding if bias else transformer_of
     full, short = transformer_of(miniature("mini"), torch.float32), load(miniature("mini"), torch.float32)
     random = torch.Generator().manual_seed(0)
     words, padding = torch.randn(1, 9, 64, generator=random), torch.randn(1, 1, 64, generator=random)
@@ -35,5 +36,5 @@ def test_short_prompts_give_the_same_v_with_the_weight_of_their_padding_alone(bi
     given = {"hidden_states": latents, "timestep": torch.tensor([700])}
     with torch.no_grad():
         expected = full(encoder_hidden_states=prompts, **given).sample
-        found = short(encoder_hidden_states=prompts[:, : concept._TOKENS], **given).sample
+        found = short(encoder_hidden_states=prompts[:, : concept.TOKENS], **given).sample
     assert np.allclose(expected, found, atol=1e-4) == bias

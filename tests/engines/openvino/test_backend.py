@@ -82,6 +82,17 @@ def test_twin_a_changed_weight_is_found(
     assert error(corrupted(bundle, component, tensor, tmp_path), bundle, role) > NETWORK_RELATIVE
 
 
+def test_weights_that_stay_in_their_file_are_the_same(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = exported("5b")
+    expected = outputs(OpenVinoBackend(bundle, 1), "modulation")["modulation"]
+    monkeypatch.setattr("cvx_deploy.engines.openvino.spec.LARGE_NETWORK", 0)
+    monkeypatch.setattr("cvx_deploy.graph.streamed._LARGE", 1)
+    backend = OpenVinoBackend(bundle, 1)
+    model, _ = backend._model(bundle, "modulation")
+    assert len(model.inputs) > len(bundle.network("modulation").inputs), "none stayed"
+    assert np.abs(outputs(backend, "modulation")["modulation"] - expected).max() < NETWORK_RELATIVE
+
+
 @needs_bf16
 def test_a_bf16_bundle_is_near_the_fp32_one(exported: Exported) -> None:
     bundle, reference = exported("5b", precision="bf16"), exported("5b")
