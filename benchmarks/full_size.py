@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 PROGRAM = (sys.executable, "-m", "cvx_deploy")
 SMALL, FIRST, SECOND = "9x96x128", "9x240x368", "17x320x480"
 STEPS = 2
+PREVIEW = 50  # steps of a video as people make it
+FORECAST = 2  # what --fast saves: every other step
 VIDEOS = (
     *(
         (engine, precision, FIRST)
@@ -115,6 +117,7 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     for name, found in results["parts"].items():
         if name.startswith("video "):
             yield video_row(name, found)
+    yield from previews(results)
     yield from (
         "",
         "Parity at full depth: relative L2 error of the residual stream after each block, and of outputs:",
@@ -127,10 +130,31 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
             yield depth_row(name, found)
 
 
-def video_row(name: str, found: dict[str, Any]) -> str:
-    """Return the row of a video."""
+def previews(results: dict[str, Any]) -> Iterator[str]:
+    """Extrapolate to a video of many steps with guidance: the same stages, but a step is measured, not run so often."""
+    yield from (
+        "",
+        f"{PREVIEW} steps with guidance, minutes, extrapolated from these: {PREVIEW} times two of the steps above,",
+    )
+    yield from ("or, with `--fast`, half as many, and each of the other stages once:", "")
+    yield from ("| engine | precision | video | all steps | half of them forecast |", "| --- " * 5 + "|")
+    for name, found in results["parts"].items():
+        if name.startswith("video "):
+            step = 2 * found["seconds"]["run transformer"] / STEPS
+            rest = found["whole"] - found["seconds"]["run transformer"]
+            minutes = [(rest + PREVIEW / share * step) / 60 for share in (1, FORECAST)]
+            yield f"| {' | '.join(named(name))} | {minutes[0]:.0f} | {minutes[1]:.0f} |"
+
+
+def named(name: str) -> tuple[str, str, str]:
+    """Return engine, precision and shape of a video's part."""
     _, engine, rest = name.split(" ", 2)
     precision, _, shape = rest.rpartition(" ")
+    return engine, precision, shape
+
+
+def video_row(name: str, found: dict[str, Any]) -> str:
+    """Return the row of a video."""
     seconds = found["seconds"]
     text = sum(value for stage, value in seconds.items() if "text_encoder" in stage)
     loading = sum(seconds.get(stage, 0.0) for stage in ("load transformer", "load modulation"))
@@ -138,7 +162,7 @@ def video_row(name: str, found: dict[str, Any]) -> str:
     vae = sum(value for stage, value in seconds.items() if "vae" in stage)
     times = (text, loading, steps, vae, found["whole"])
     sizes = (found["peak_private_bytes"], found["peak_resident_bytes"])
-    cells = [engine, precision, shape, *(f"{each:.0f} s" for each in times), *map(size_text, sizes)]
+    cells = [*named(name), *(f"{each:.0f} s" for each in times), *map(size_text, sizes)]
     return f"| {' | '.join(cells)} |"
 
 

@@ -9,11 +9,9 @@ Seconds by stage, and the memory of this process, go to stdout as JSON.
 import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from startup_stages import Clock
+from startup_stages import Clock, observer_of
 
 from cvx_deploy.measure.memory import MemoryWatch, during
 from cvx_deploy.shape import Shape
@@ -38,27 +36,17 @@ class Spans(Clock):
 def ours(clock: Spans, engine: str, bundle: Path, shape: str, steps: int, output: Path) -> None:
     """Make a video with the runtime, as `cvx-deploy run --guidance-scale 1` does."""
     from cvx_deploy.bundle.opened import Bundle
-    from cvx_deploy.engines.observe import ObservedBackend, Observer
+    from cvx_deploy.engines.observe import ObservedBackend
     from cvx_deploy.engines.registry import open_backend
     from cvx_deploy.engines.spec import EngineOptions
     from cvx_deploy.pipeline.request import RunRequest
     from cvx_deploy.pipeline.run import run
 
-    class Timed(Observer):
-        def loaded(self, role: str, start: float, end: float) -> None:
-            clock.add(f"load {role}", end - start)
-
-        def before(self, role: str, inputs: Mapping[str, Any]) -> None:
-            self.begun = time.monotonic()
-
-        def after(self, role: str, outputs: Mapping[str, Any]) -> None:
-            clock.add(f"run {role}", time.monotonic() - self.begun)
-
     with clock.measure("open and check the bundle"):
         opened = Bundle.open(bundle).at(Shape.parse(shape))
     request = RunRequest((PROMPT,), str(output), steps=steps, guidance_scale=1, seed=7)
     with open_backend(engine, opened, EngineOptions(residency="phase")) as backend:
-        report = run(ObservedBackend(backend, Timed()), request)
+        report = run(ObservedBackend(backend, observer_of(clock)), request)
     clock.seconds["write video"] = report.stages["write video"]
 
 

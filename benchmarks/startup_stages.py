@@ -35,6 +35,23 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
+def observer_of(clock: Clock) -> Any:
+    """Return an observer of a backend that adds the seconds of loads and runs to a clock."""
+    from cvx_deploy.engines.observe import Observer
+
+    class Timed(Observer):
+        def loaded(self, role: str, start: float, end: float) -> None:
+            clock.add(f"load {role}", end - start)
+
+        def before(self, role: str, inputs: Mapping[str, Any]) -> None:
+            self.begun = time.monotonic()
+
+        def after(self, role: str, outputs: Mapping[str, Any]) -> None:
+            clock.add(f"run {role}", time.monotonic() - self.begun)
+
+    return Timed()
+
+
 def main() -> None:
     """Make the video, and print what each stage took."""
     clock = Clock()
@@ -44,25 +61,13 @@ def main() -> None:
         from unittest import mock
 
         from cvx_deploy.bundle.opened import Bundle
-        from cvx_deploy.engines.observe import ObservedBackend, Observer
+        from cvx_deploy.engines.observe import ObservedBackend
         from cvx_deploy.engines.onnxruntime.backend import OrtBackend
         from cvx_deploy.miniatures import miniature
         from cvx_deploy.pipeline import prompts
         from cvx_deploy.pipeline.request import RunRequest
         from cvx_deploy.pipeline.run import run
         from cvx_deploy.pipeline.tokenizer import Tokenizer
-
-    class Timed(Observer):
-        """Adds up the seconds of loads and runs."""
-
-        def loaded(self, role: str, start: float, end: float) -> None:
-            clock.add(f"load {role}", end - start)
-
-        def before(self, role: str, inputs: Mapping[str, Any]) -> None:
-            self.begun = time.monotonic()
-
-        def after(self, role: str, outputs: Mapping[str, Any]) -> None:
-            clock.add(f"run {role}", time.monotonic() - self.begun)
 
     with clock.measure("open and check the bundle"):
         backend = OrtBackend(Bundle.open(miniature("mini")), residency="phase")
@@ -73,7 +78,7 @@ def main() -> None:
 
     with mock.patch.object(prompts, "Tokenizer", timed):
         request = RunRequest(("a red circle moves to the right",), sys.argv[2])
-        report = run(ObservedBackend(backend, Timed()), request)
+        report = run(ObservedBackend(backend, observer_of(clock)), request)
     clock.seconds["write video"] = report.stages["write video"]
     clock.seconds["the rest of the run"] = time.monotonic() - float(sys.argv[1]) - sum(clock.seconds.values())
     print(json.dumps(clock.seconds))

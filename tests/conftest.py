@@ -91,15 +91,23 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="session")
 def exported(tiny: Tiny) -> Exported:
-    """Return the bundle of a tiny checkpoint, at its own shape or at another; do not change it, copy it."""
-    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+    """Return the bundle of a tiny checkpoint, at its own shape or at another; do not change it, copy it.
 
-    def bundle(name: str, **request: Any) -> Bundle:
+    With ``only`` the networks of one component alone are there, and those of the others lines of text: a test that
+    looks at one at a shape or in a precision of its own need not have all traced.
+    """
+    from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
+    from tests.untraced import without_tracing
+
+    def bundle(name: str, only: str | None = None, **request: Any) -> Bundle:
         words = {key: "+".join(map(str, value)) if key == "shapes" else value for key, value in request.items()}
-        suffix = "".join(f"-{key}{value}" for key, value in words.items())
+        suffix = "".join(f"-{key}{value}" for key, value in (words | ({"only": only} if only else {})).items())
         path = _cache("bundles", _SYNTH, _EXPORT) / f"{name}{suffix}"
         asked = ExportRequest(name, tiny(name), **request)
-        _made(path, lambda: bundle_from_checkpoint(asked, path))
+        with pytest.MonkeyPatch.context() as patch:
+            if only:
+                without_tracing(patch, *({"text_encoder", "transformer", "vae"} - {only}))
+            _made(path, lambda: bundle_from_checkpoint(asked, path))
         return Bundle.open(path)
 
     return bundle

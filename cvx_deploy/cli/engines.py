@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cvx_deploy.engines.tensorrt.build import Outcome
     from cvx_deploy.engines.tensorrt.gate import Findings
     from cvx_deploy.engines.tensorrt.refit import Refitted
+    from cvx_deploy.engines.tensorrt.store import EngineRecord
 
 
 def _target(text: str) -> str:
@@ -159,15 +160,20 @@ def _fails(findings: list["Findings"]) -> bool:
     return not all(found.ok for found in findings)
 
 
-def _values(outcome: "Outcome", findings: list["Findings"]) -> dict[str, Any]:
-    record = outcome.record
+def _record_values(record: "EngineRecord") -> dict[str, Any]:
     return {
         "network": record.network,
         "file": record.file.path,
         "bytes": record.file.size,
         "sha256": record.file.sha256,
-        "plan": record.plan.path,
         "targets": list(record.key.targets),
+    }
+
+
+def _values(outcome: "Outcome", findings: list["Findings"]) -> dict[str, Any]:
+    record = outcome.record
+    return _record_values(record) | {
+        "plan": record.plan.path,
         "profile": record.key.profile,
         "attention": record.attention,
         "reused": outcome.reused,
@@ -256,15 +262,9 @@ def _refit_output(path: Path, *, restore: bool, adapted: bool, name: str | None,
 
 
 def _refitted_values(outcome: "Refitted") -> dict[str, Any]:
-    record = outcome.record
-    return {
-        "network": record.network,
-        "file": record.file.path,
-        "bytes": record.file.size,
-        "sha256": record.file.sha256,
-        "targets": list(record.key.targets),
+    return _record_values(outcome.record) | {
         "changed_weights": outcome.changed,
-        "seconds": record.seconds,
+        "seconds": outcome.record.seconds,
     }
 
 

@@ -125,26 +125,30 @@ def _copy(graph: ir.Graph, again: ir.Node, enter: ir.Node, body: list[ir.Node], 
 
     def value_of(value: ir.Value | None) -> ir.Value | None:
         if value not in known and value is not None:
-            known[value] = _weight(graph, value, first, path) if value.is_initializer() else value
+            name = str(value.name).replace(f"{first}.", f"{path}.", 1)
+            known[value] = own_weight(graph, value, name) if value.is_initializer() else value
         return known[value]
 
     made = []
     for node in body:
         inputs = [value_of(value) for value in node.inputs]
-        name = str(node.name).replace(first, path, 1)
-        attributes = list(node.attributes.values())
-        copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=name)
-        for old, new in zip(node.outputs, copy.outputs, strict=True):
-            new.shape, new.type = old.shape, old.type
-            known[old] = new
-        made.append(copy)
+        made.append(copied(node, inputs, str(node.name).replace(first, path, 1)))
+        known.update(zip(node.outputs, made[-1].outputs, strict=True))
     graph.insert_before(again, made)
     _replace(graph, again, [value for value in map(value_of, leave.inputs) if value is not None])
 
 
-def _weight(graph: ir.Graph, value: ir.Value, first: str, path: str) -> ir.Value:
-    """Return another module's own weight in the place of one of the first's."""
-    name = str(value.name).replace(f"{first}.", f"{path}.", 1)
+def copied(node: ir.Node, inputs: Sequence[ir.Value | None], name: str) -> ir.Node:
+    """Return a node that does with other inputs what a node does."""
+    attributes = list(node.attributes.values())
+    copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=name)
+    for old, new in zip(node.outputs, copy.outputs, strict=True):
+        new.shape, new.type = old.shape, old.type
+    return copy
+
+
+def own_weight(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """Return a copy's own weight, of that name, in the place of `value`."""
     if name not in graph.initializers:
         graph.initializers[name] = ir.Value(
             name=name, shape=value.shape, type=value.type, const_value=value.const_value

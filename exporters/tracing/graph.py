@@ -4,14 +4,17 @@ The module is built and traced with fake tensors, which have shapes and types an
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from cvx_deploy.exporters.sources.checkpoint import sensible_config
 from cvx_deploy.exporters.tracing.contract import NetworkContract
@@ -22,6 +25,9 @@ from cvx_deploy.graph.fold import fold_indices
 from cvx_deploy.graph.split import split_without_sequences
 
 OPSET = 23
+
+# Every export builds the exporter's table of operators anew, in half a second; it is the same one, and is not changed.
+_operators = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def graph_from_contract(contract: NetworkContract, where: Path) -> ir.Model:
@@ -46,7 +52,7 @@ def _trace(contract: NetworkContract, where: Path) -> ir.Model:
             module = contract.traceable()
         inputs = tuple(contract.generate_dummy_inputs(**PRIMES).values())
         program = torch.export.export(module, inputs, strict=False)
-    with _quiet():
+    with _quiet(), mock.patch.object(ONNXRegistry, "from_torchlib", _operators):
         onnx_program = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     assert onnx_program is not None
     return onnx_program.model

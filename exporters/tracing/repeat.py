@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from cvx_deploy.errors import CheckpointError
+from cvx_deploy.exporters.tracing.copies import copied, own_weight
 
 TRACED = 4
 _BEFORE, _TEMPLATE, _LAST = 1, 2, 3
@@ -130,18 +131,8 @@ class _Repeater:
         made = []
         for node in self.template:
             inputs = [self._input(value, index, copies, ahead) for value in node.inputs]
-            copy = ir.Node(
-                node.domain,
-                node.op_type,
-                inputs,
-                list(node.attributes.values()),
-                num_outputs=len(node.outputs),
-                name=self._renamed(node.name, index),
-            )
-            for old, new in zip(node.outputs, copy.outputs, strict=True):
-                new.shape, new.type = old.shape, old.type
-                copies[old] = new
-            made.append(copy)
+            made.append(copied(node, inputs, self._renamed(node.name, index)))
+            copies.update(zip(node.outputs, made[-1].outputs, strict=True))
         self.graph.insert_after(self.end, made)
         self.end, self.previous = made[-1], made
         self.inside.update(made)
@@ -162,21 +153,13 @@ class _Repeater:
             return ahead[self._carried[value]]
         if value in self._strides:
             return self._piece(value, index)
-        return self._weight(value, index) if value.is_initializer() else value
+        return own_weight(self.graph, value, self._renamed(value.name, index)) if value.is_initializer() else value
 
     def _piece(self, value: ir.Value, index: int) -> ir.Value:
         source, place = value.producer(), value.index()
         assert source is not None
         assert place is not None
         return source.outputs[place + (index - _TEMPLATE) * self._strides[value]]
-
-    def _weight(self, value: ir.Value, index: int) -> ir.Value:
-        name = self._renamed(value.name, index)
-        if name not in self.graph.initializers:
-            self.graph.initializers[name] = ir.Value(
-                name=name, shape=value.shape, type=value.type, const_value=value.const_value
-            )
-        return self.graph.initializers[name]
 
     def _renamed(self, name: str | None, index: int) -> str:
         return str(name).replace(f"{self.path}.{_TEMPLATE}", f"{self.path}.{index}", 1)

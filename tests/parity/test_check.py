@@ -19,6 +19,7 @@ from cvx_deploy.exporters.cogvideox import networks
 from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
 from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.sources.synth import synthesize
+from cvx_deploy.families.cogvideox.models import MODELS
 from cvx_deploy.files import sha256_of
 from cvx_deploy.parity.check import CheckRequest, check
 from cvx_deploy.parity.ladder import Parity
@@ -55,8 +56,10 @@ def failing(found: Parity) -> tuple[str, set[str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("5b", "5b-i2v", "1.5-5b-i2v"),
-        *(pytest.param(model, marks=pytest.mark.nightly) for model in ("2b", "1.5-5b")),  # test_networks has them daily
+        *WHOLE,
+        *(
+            pytest.param(model, marks=pytest.mark.nightly) for model in MODELS if model not in WHOLE
+        ),  # see test_networks
     ],
 )
 def test_every_model_passes(name: str, tiny: Tiny, exported: Exported) -> None:
@@ -204,7 +207,7 @@ def test_sizes_of_a_bundle_pass_and_the_one_that_is_wrong_is_named(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [8, 16])
+@pytest.mark.parametrize("chunk", [pytest.param(8, marks=pytest.mark.nightly), 16])  # 8 is right: test_pipelines
 def test_an_encoder_cut_into_other_chunks_than_diffusers_fails_in_a_video_made_from_one(
     chunk: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

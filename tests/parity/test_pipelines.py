@@ -129,7 +129,11 @@ def test_image_to_video_matches_diffusers(
 
 @pytest.mark.parametrize(
     ("name", "shape", "scheduler", "strength"),
-    [("2b", {}, "ddim", 0.8), ("5b", {}, "dpm", 0.5), ("1.5-5b", {"frames": 16}, "dpm", 1.0)],
+    [
+        ("2b", {}, "ddim", 0.8),
+        ("5b", {}, "dpm", 0.5),
+        pytest.param("1.5-5b", {"frames": 16}, "dpm", 1.0, marks=pytest.mark.nightly),
+    ],
 )
 def test_video_to_video_matches_diffusers(
     name: str,
@@ -168,7 +172,9 @@ def with_ratio(checkpoint: Path, folder: Path, ratio: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ratio", "frames"), [(2, 13), pytest.param(2, 20, marks=pytest.mark.nightly), (8, 17)])
+@pytest.mark.parametrize(
+    ("ratio", "frames"), [(8, 17), *(pytest.param(2, frames, marks=pytest.mark.nightly) for frames in (13, 20))]
+)
 def test_video_to_video_matches_diffusers_at_another_ratio_of_the_vae(
     ratio: int, frames: int, tiny: Tiny, tmp_path: Path
 ) -> None:

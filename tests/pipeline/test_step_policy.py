@@ -60,7 +60,7 @@ MODES: dict[str, dict[str, Any]] = {
     "guidance": {"guidance_scale": 6.0},
     "no guidance": {"guidance_scale": 1.0},
     "dynamic guidance": {"guidance_scale": 6.0, "use_dynamic_cfg": True},
-    "several": {"num_videos_per_prompt": 2, "prompt": [PROMPT, "a blue square grows"]},
+    "several": {"prompt": [PROMPT, "a blue square grows"]},
     "video": {"video": np.random.default_rng(0).random((9, 48, 48, 3)), "strength": 0.7},
 }
 
@@ -94,8 +94,8 @@ def test_every_video_of_a_run_that_forecasts_is_the_same_again_and_alone(mode: s
     both = latents(**wanted)
     assert np.array_equal(latents(**wanted), both)
     if mode == "several":
-        alone = latents(prompt="a blue square grows", fast=True, scheduler="dpm", seed=3)
-        assert np.array_equal(both[3:], alone)
+        alone = latents(prompt="a blue square grows", fast=True, scheduler="dpm", seed=1)
+        assert np.array_equal(both[1:], alone)
 
 
 def test_several_devices_forecast_as_one_does() -> None:

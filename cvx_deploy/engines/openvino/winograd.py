@@ -34,7 +34,7 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
     from numpy.polynomial import polynomial
 
     def without(place: int) -> Matrix:
-        return polynomial.polyfromroots([*_POINTS[:place], *_POINTS[place + 1 :]])
+        return np.asarray(polynomial.polyfromroots([*_POINTS[:place], *_POINTS[place + 1 :]]), np.float64)
 
     scales = [polynomial.polyval(point, without(place)) for place, point in enumerate(_POINTS)]
     kernel = [np.power(point, np.arange(_KERNEL_ROWS)) / scale for point, scale in zip(_POINTS, scales, strict=True)]
@@ -59,6 +59,7 @@ def halve_products(model: openvino.Model) -> int:
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution" and _gains(node)]
     for node in found:
         result = _rewritten(node)
+        result.output(0).set_names(node.output(0).get_names())
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(result.output(0))
     return len(found)

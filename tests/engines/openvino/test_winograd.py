@@ -83,6 +83,15 @@ def test_what_gains_nothing_stays(model: openvino.Model) -> None:
     assert winograd.halve_products(model) == 0
 
 
+def test_an_output_keeps_its_name() -> None:
+    given = ops.parameter([1, 64, 8, 6], openvino.Type.f32)
+    node = ops.convolution(given, ops.constant(np.ones((64, 64, 3, 3), np.float32)), [1, 1], [1, 1], [1, 1], [1, 1])
+    node.output(0).set_names({"frames"})
+    model = openvino.Model([node], [given], "one")
+    assert winograd.halve_products(model) == 1
+    assert openvino.Core().compile_model(model, "CPU").output("frames").get_shape() == openvino.Shape([1, 64, 8, 6])
+
+
 def test_a_small_picture_is_not_worth_larger_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "_LEAST_CELLS", 2 * 8 * 6)
     assert winograd.halve_products(convolution((1, 64, 4, 8, 6), 64)) == 1

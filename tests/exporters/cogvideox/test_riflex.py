@@ -117,7 +117,7 @@ def test_what_check_compares_with_has_the_same_change() -> None:
 def test_a_bundle_made_with_it_is_diffusers_transformer_with_the_same_change(
     tiny: Tiny, exported: Exported, tmp_path: Path
 ) -> None:
-    bundle = exported("5b", frames=25, riflex=True)
+    bundle = exported("5b", only="transformer", frames=25, riflex=True)
     with lowered_in_diffusers(0, 0.9 * 2 * math.pi / 7, 4):
         assert transformer_error(bundle, tiny("5b"), 2) < NETWORK_RELATIVE
     assert transformer_error(bundle, tiny("5b"), 2) > NETWORK_RELATIVE, "twin: diffusers without it"

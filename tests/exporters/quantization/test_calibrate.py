@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -83,23 +84,27 @@ def test_ranges_are_those_of_diffusers_own_pipeline(made: tuple[CalibrationReque
     assert table.conditions.observed == (0, 1, 2)
 
 
-def test_a_stopped_calibration_goes_on_and_ends_the_same(
-    made: tuple[CalibrationRequest, CalibrationTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request, whole = made
+def stop(request: CalibrationRequest, output: Path) -> None:
+    """Begin a calibration, and end it before its second prompt."""
     sample = module.Sampler.sample
 
-    def stop(self: module.Sampler, index: int, *words: Any) -> None:
+    def one(self: module.Sampler, index: int, *words: Any) -> None:
         if index == 1:
             raise KeyboardInterrupt
         sample(self, index, *words)
 
-    monkeypatch.setattr(module.Sampler, "sample", stop)
-    output = tmp_path / "table"
-    with pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(module.Sampler, "sample", one), pytest.raises(KeyboardInterrupt):
         calibrate(request, output, SilentProgress())
     assert not output.exists()
-    seen = []
+
+
+def test_a_stopped_calibration_goes_on_and_ends_the_same(
+    made: tuple[CalibrationRequest, CalibrationTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, whole = made
+    output = tmp_path / "table"
+    stop(request, output)
+    sample, seen = module.Sampler.sample, []
 
     def note(self: module.Sampler, index: int, *words: Any) -> None:
         seen.append(index)
@@ -137,22 +142,10 @@ def test_second_moments_are_those_of_what_comes_in(tiny: Tiny, tmp_path: Path) -
     assert CalibrationTable.read(tmp_path / "table").conditions.second_moments
 
 
-def test_moments_of_a_stopped_calibration_are_added_up(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moments_of_a_stopped_calibration_are_added_up(tiny: Tiny, tmp_path: Path) -> None:
     request = replace(request_of(tiny("5b"), compute="fp32", second_moments=True), steps=1)
     whole = calibrate(request, tmp_path / "whole", SilentProgress())
-    sample = module.Sampler.sample
-
-    def stop(self: module.Sampler, index: int, *words: Any) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-        sample(self, index, *words)
-
-    monkeypatch.setattr(module.Sampler, "sample", stop)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(request, tmp_path / "table", SilentProgress())
-    monkeypatch.undo()
+    stop(request, tmp_path / "table")
     calibrate(request, tmp_path / "table", SilentProgress())
     assert (tmp_path / "table").read_bytes() == (tmp_path / "whole").read_bytes()
     assert len(whole.moments) == 12

@@ -33,6 +33,7 @@ from cvx_deploy.quantize.recipe import NetworkPrecision, Recipe
 from cvx_deploy.quantize.table import CalibrationTable
 from cvx_deploy.shape import Shape
 from tests.conftest import Exported, Quantized, Tiny, inputs_of
+from tests.untraced import without_tracing
 
 Values = NDArray[np.floating]
 
@@ -349,7 +350,10 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_tables_of_other_models_and_shapes_are_refused(tiny: Tiny, table: Path, tmp_path: Path) -> None:
+def test_tables_of_other_models_and_shapes_are_refused(
+    tiny: Tiny, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_tracing(monkeypatch)
     how = Quantizing(table)
     with pytest.raises(CalibrationError, match="another model"):
         bundle_from_checkpoint(ExportRequest("2b", tiny("2b"), precision="int8/fp32", quantizing=how), tmp_path / "2b")
