@@ -97,7 +97,7 @@ def exported(tiny: Tiny) -> Exported:
     looks at one at a shape or in a precision of its own need not have all traced.
     """
     from cvx_deploy.exporters.export import ExportRequest, bundle_from_checkpoint
-    from tests.untraced import without_tracing
+    from tests.untraced import with_tracing, without_tracing
 
     def bundle(name: str, only: str | None = None, **request: Any) -> Bundle:
         words = {key: "+".join(map(str, value)) if key == "shapes" else value for key, value in request.items()}
@@ -105,6 +105,7 @@ def exported(tiny: Tiny) -> Exported:
         path = _cache("bundles", _SYNTH, _EXPORT) / f"{name}{suffix}"
         asked = ExportRequest(name, tiny(name), **request)
         with pytest.MonkeyPatch.context() as patch:
+            with_tracing(patch)  # a test that goes without asks for a bundle that others will see, too
             if only:
                 without_tracing(patch, *({"text_encoder", "transformer", "vae"} - {only}))
             _made(path, lambda: bundle_from_checkpoint(asked, path))

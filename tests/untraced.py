@@ -13,9 +13,16 @@ from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.trace import weight_location
 
 
+_TRACE = export._write_network
+
+
+def with_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports trace every network again."""
+    monkeypatch.setattr(export, "_write_network", _TRACE)
+
+
 def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:
     """Let exports write a line of text in place of every network, or of those of some components; all else is real."""
-    trace = export._write_network
 
     def write(
         contract: NetworkContract,
@@ -25,7 +32,7 @@ def without_tracing(monkeypatch: pytest.MonkeyPatch, *components: str) -> None:
         quantized: QuantizedComponent | None,
     ) -> Network:
         if components and contract.component not in components:
-            return trace(contract, checkpoint, path, rewrites, quantized)
+            return _TRACE(contract, checkpoint, path, rewrites, quantized)
         return _write_text(contract, checkpoint, path, quantized)
 
     monkeypatch.setattr(export, "_write_network", write)
