@@ -12,7 +12,6 @@ from cvx_deploy.exporters.sources.checkpoint import Checkpoint
 from cvx_deploy.exporters.tracing.contract import NetworkContract
 from cvx_deploy.exporters.tracing.trace import weight_location
 
-
 _TRACE = export._write_network
 
 
