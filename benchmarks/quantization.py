@@ -50,13 +50,16 @@ PRECISIONS = (
     "int4wo/fp32",
     "int4wo/fp32+moments",
     "int4wo/fp32+moments+64",
+    "int4wo/fp32+moments+but-last",
     "fp8/fp32",
     "fp8/fp32+attention",
 )
-"""After a plus, what else: second moments, groups of 64 in place of those that int4wo has, or fp8 in attention, too."""
+"""After a plus, what else: second moments, groups of 64 in place of those that int4wo has, the last block left as it is,
+or fp8 in attention, too."""
 RESULTS = Path(__file__).parent / "results" / "quantization"
 DOCS = Path(__file__).parents[1] / "docs" / "quantization.md"
 _CALIBRATION_SEED, _CALIBRATION_PROMPTS = (7, 7), 16
+_LAST_BLOCK = "transformer_blocks.7"
 _TRACED = 8  # videos whose latents are compared step by step
 _BEGIN, _END = "<!-- table -->\n", "<!-- end of table -->\n"
 
@@ -122,7 +125,8 @@ def bundle_of(precision: str, work: Path, progress: Progress) -> Bundle:
     recipe = Recipe.parse(scheme, "fp32")
     static = recipe.transformer.scheme is not None and SCHEMES[recipe.transformer.scheme].activations is not None
     table = _table(checkpoint, work, progress) if static or "moments" in more else None
-    quantizing = Quantizing(table, attention="attention" in more)
+    exclude = (_LAST_BLOCK,) if "but-last" in more else None
+    quantizing = Quantizing(table, attention="attention" in more, exclude=exclude)
     request = ExportRequest("mini", checkpoint, precision=scheme, quantizing=quantizing, copy_weights=True)
     smaller = {"int4wo": replace(SCHEMES["int4wo"], group=64)} if "64" in more else {}
     with mock.patch.dict(SCHEMES, smaller):
