@@ -54,7 +54,7 @@ PRECISIONS = (
     "fp8/fp32",
     "fp8/fp32+attention",
 )
-"""After a plus, what else: second moments, groups of 64 in place of those that int4wo has, the last block left as it is,
+"""After a plus, what else: second moments, groups of 64 in place of those that int4wo has, the last block as it is,
 or fp8 in attention, too."""
 RESULTS = Path(__file__).parent / "results" / "quantization"
 DOCS = Path(__file__).parents[1] / "docs" / "quantization.md"

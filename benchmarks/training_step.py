@@ -9,6 +9,7 @@ where it was stopped; the page is written after counting, and again after measur
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import resource
@@ -99,6 +100,9 @@ def measured_rows(work: Path) -> Iterator[Row]:
         subprocess.run([sys.executable, "-m", "cvx_deploy", *words], check=True)
     architecture = architecture_of(checkpoint)
     for name, way in MEASURED:
+        if way.eight_bit and importlib.util.find_spec("bitsandbytes") is None:
+            print(f"{name} {way}: left out, as bitsandbytes is not installed", flush=True)
+            continue
         shape = Shape.parse(name)
         found = _kept(work / f"measured {name} {way}.json", measured, checkpoint, shape, way)
         yield _row("5b, 2 blocks", architecture, shape, way) | found
