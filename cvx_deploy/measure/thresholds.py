@@ -71,14 +71,14 @@ _INT8WO = Thresholds(
 )
 _INT8 = Thresholds(
     relative_max=8e-2,
-    relative_l2=7e-2,
+    relative_l2=5.5e-2,
     cosine=1 - 1.2e-3,
-    drift=1.6e-1,
-    psnr=32.0,
+    drift=9e-2,
+    psnr=33.5,
     ssim=0.97,
     flicker=9e-3,
     reason="activations of 8 bits besides: their outliers set the scale that all others are rounded by. Transformers "
-    "were 0.034 off, drift 0.078, videos 38.4 dB, lower quartile 35.6",
+    "were 0.027 off, drift 0.043, videos 39.5 dB, lower quartile 36.7",
 )
 _INT4WO = Thresholds(
     relative_max=3e-1,
