@@ -62,7 +62,9 @@ class FakeStore:
         role, sizes = record
         path = self._folder / f"{role}{''.join(f'-{size}' for size in sizes.values())}.engine"
         if not path.exists():
-            EngineFacts(role, sizes, **self._facts.get(role, {})).write(path)
+            whole = path.with_suffix(f".{threading.get_ident()}")  # two devices load at the same time
+            EngineFacts(role, sizes, **self._facts.get(role, {})).write(whole)
+            whole.replace(path)
         return path
 
 
