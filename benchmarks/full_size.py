@@ -118,16 +118,11 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
         if name.startswith("video "):
             yield video_row(name, found)
     yield from previews(results)
-    yield from (
-        "",
-        "Parity at full depth: relative L2 error of the residual stream after each block, and of outputs:",
-        "",
-    )
-    yield "| engine | precision | block 1 | 8 | 16 | 24 | 32 | 42 | prediction | text encoder | VAE |"
-    yield "| --- " * 11 + "|"
-    for name, found in results["parts"].items():
-        if name.startswith("depth "):
-            yield depth_row(name, found)
+    depths = [depth_row(name, found) for name, found in results["parts"].items() if name.startswith("depth ")]
+    if depths:
+        what = "Parity at full depth: relative L2 error of the residual stream after each block, and of outputs:"
+        head = "| engine | precision | block 1 | 8 | 16 | 24 | 32 | 42 | prediction | text encoder | VAE |"
+        yield from ("", what, "", head, "| --- " * 11 + "|", *depths)
 
 
 def previews(results: dict[str, Any]) -> Iterator[str]:
