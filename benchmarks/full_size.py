@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py --work DIR [--model 5b] [--part NAME ...] [--output benchmarks/results/full_size]
 
-`DIR` keeps the checkpoint (21 GB) and bundles (17 GB). Each part has a process of its own; what is done is kept in the
+`DIR` keeps the checkpoint (21 GB) and bundles (31 GB). Each part has a process of its own; what is done is kept in the
 output file, and a second run goes on with what is missing. A part takes minutes: the machine should be quiet for those
 that are timed, and have 24 GB. Nothing is measured twice: read the figures as one run each.
 """
@@ -173,7 +173,7 @@ def depth_row(name: str, found: dict[str, Any]) -> str:
 def main() -> None:
     """Read the command line, and measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder with 40 GB of room")
+    parser.add_argument("--work", type=Path, required=True, help="a folder with 55 GB of room")
     parser.add_argument("--model", default="5b")
     parser.add_argument(
         "--part", action="append", help="measure this part anew; again for more; default: what is missing"

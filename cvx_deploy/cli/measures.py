@@ -13,6 +13,7 @@ from cvx_deploy.cli.options import (
     STEPS,
     Result,
     bytes_of,
+    given,
     need_extra,
     reference,
     reporting,
@@ -212,8 +213,8 @@ def plan(
     """
     if rank is not None and not train:
         raise click.UsageError("--rank goes with --train")
-    if no_guidance and train:
-        raise click.UsageError("--no-guidance is of a run, and says nothing of training")
+    if train and (of_run := sorted(given() & {"steps", "no_guidance"})):
+        raise click.UsageError(f"--{of_run[0].replace('_', '-')} is of a run, and says nothing of training")
     from cvx_deploy.engines.gpus import gpu_named
     from cvx_deploy.estimate.compiled import step_seconds
     from cvx_deploy.estimate.estimate import plan as plan_model

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cvx_deploy.bounds import (
     HIGHEST_SEED,
@@ -319,3 +320,9 @@ def cpu_threads(default: str = "one per core") -> Callable[[Command], Command]:
         type=click.IntRange(1, MOST_THREADS),
         help=f"CPU threads of onnxruntime or openvino. Default: {default}.",
     )
+
+
+def given() -> set[str]:
+    """Return the options that stand on the command line, with the value that they have anyway, too."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from click.core import ParameterSource
 
 from cvx_deploy.cli.group import cli
 from cvx_deploy.cli.longer import Long, chain_result, long_options, way_of
@@ -18,6 +17,7 @@ from cvx_deploy.cli.options import (
     Result,
     bytes_of,
     cpu_threads,
+    given,
     open_bundle,
     reporting,
     sizes,
@@ -204,7 +204,7 @@ def run(
     residency: Policy = "resident" if len(options["prompts"]) > 1 else "phase"
     how = EngineOptions(threads, 0, vram, not no_cuda_graphs, residency, ram)
     _check_engine(engine, how, devices)
-    check_combination(_given())
+    check_combination(given())
 
     def opened(bundle: "Bundle", residency: Policy = "phase") -> "Pipeline":
         return Pipeline(
@@ -265,12 +265,6 @@ def run(
         "bundle": str(path),
     }
     return values, "\n".join(safe(video, LONGEST_PATH) for video in report.paths)
-
-
-def _given() -> set[str]:
-    """Return the options that stand on the command line, with the value that they have anyway, too."""
-    context = click.get_current_context()
-    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _check_engine(engine: EngineName, options: EngineOptions, devices: tuple[int, ...] | None) -> None:

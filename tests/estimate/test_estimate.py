@@ -127,6 +127,13 @@ def test_a_step_is_priced_by_the_compiled_plan_where_there_is_one(exported: Expo
     assert told(*words, "--no-guidance")["precisions"]["bf16"]["seconds"]["source"] == "architecture"
 
 
+@pytest.mark.parametrize("words", [("--steps", "50"), ("--no-guidance",)], ids=["steps", "guidance"])
+def test_what_says_nothing_of_training_is_refused_beside_it(words: tuple[str, ...]) -> None:
+    assert cvx("plan", "--model", "5b", "--train").code == 0
+    refused = cvx("plan", "--model", "5b", "--train", *words)
+    assert (refused.code, f"{words[0]} is of a run" in refused.err) == (2, True), refused
+
+
 def test_a_plan_needs_no_extra() -> None:
     blocked = {"onnx", "psutil", "torch", "tensorrt_rtx", "matplotlib", "onnxruntime"}
     program = f"""

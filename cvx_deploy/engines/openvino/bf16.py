@@ -1,13 +1,13 @@
 """Whether bf16 pays on this CPU: how fast OpenVINO multiplies in it, against fp32.
 
-Instructions do not tell. A CPU with AMX is three times as fast in bf16; some that have AVX512-BF16 alone, Intel's among
-them, are slower in it than in fp32.
+Instructions do not tell. A CPU with AMX was three times as fast in bf16; an Intel one with AVX512-BF16 alone was
+slower in it than in fp32.
 """
 
 import statistics
 import time
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +17,17 @@ from cvx_deploy.measure.cpu import cpu_name, instructions
 _KEPT = Kept("probes", "bf16.json")
 _ROWS, _WIDTH = 512, 3072  # a product of a 5b's block
 _ROUNDS = 5  # after one that does not count
-INSTRUCTIONS: Final = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 def bf16_speedup() -> float:
     """Return the time of a product in fp32 over that in bf16, measured once and remembered; 0 where bf16 cannot run."""
     try:
         import openvino
+
+        from cvx_deploy.engines.openvino.backend import precisions
     except ImportError:
         return 0.0
-    if not INSTRUCTIONS & set(instructions()):
+    if "bf16" not in precisions():
         return 0.0
     key = "|".join([cpu_name(), *instructions(), openvino.__version__])
     with suppress(ValueError):
